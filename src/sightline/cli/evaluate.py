@@ -1,0 +1,55 @@
+"""`sightline evaluate`: how good a model is."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from sightline.cli.options import add_device
+
+SUMMARY = "Measure a model on labelled images: top-1, top-5, each class, confusions."
+EXAMPLE = "sightline evaluate runs/photos photos"
+
+
+def arguments(parser: Any) -> None:
+    """The verb's own arguments."""
+    parser.add_argument("model", metavar="MODEL", help="model directory, checkpoint, or hf:org/name")
+    parser.add_argument("data", metavar="DATA", help="folder of class folders, CSV with path,label, or builtin:digits")
+    parser.add_argument("--protocol", default="accuracy", choices=("accuracy",), help="what to measure")
+    parser.add_argument("--seed", type=int, help="seed of the held-out part (default: that of the model's training)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images")
+    parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_device(parser)
+
+
+def run(request: argparse.Namespace) -> int:
+    """Evaluates, and prints the figures."""
+    from sightline.errors import printable
+    from sightline.recipes.evaluate import evaluate
+
+    result = evaluate(
+        request.model,
+        request.data,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        workers=request.workers,
+        device=request.device,
+        precision=request.precision,
+        architecture=request.architecture,
+    )
+    for name, reason in result.refused:
+        print(f"refused {printable(name)}: {printable(reason)}", file=sys.stderr)
+    if request.json:
+        print(json.dumps(result.to_json()))
+        return 0
+    for note in result.notes:
+        print(note, file=sys.stderr)
+    print(f"top-1 {result.metrics['top1']:.2%}  top-5 {result.metrics['top5']:.2%}  of {result.counts['evaluated']:,}")
+    if result.refused:
+        print(f"{len(result.refused)} images could not be read and count as wrong")
+    print(f"{'class':24} {'images':>7} {'recall':>8} {'precision':>10} {'F1':>8}")
+    for row in result.per_class:
+        label = printable(row["label"], 24)
+        print(f"{label:24} {row['images']:7,} {row['recall']:8.1%} {row['precision']:10.1%} {row['f1']:8.1%}")
+    return 0

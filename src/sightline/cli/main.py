@@ -1,0 +1,106 @@
+"""The command `sightline`: finds the verbs, reads the request, and turns faults into plain messages.
+
+Each verb is a file of this folder with `SUMMARY`, `EXAMPLE`, `arguments(parser)` and `run(request)`. Nothing heavy is
+imported before a verb runs.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+import sightline
+import sightline.cli
+from sightline.errors import UserError, WorkError, suggest
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints name the nearest thing that exists, and which never abbreviates."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+            message = f"unknown option {unknown[1]}."
+            known = [*self._option_string_actions]
+            message += suggest(unknown[1].split("=")[0], known)
+        elif choice := re.search(r"argument VERB: invalid choice: '(.*?)'", message):
+            message = f"unknown verb '{choice[1]}'.{suggest(choice[1], verbs())}"
+        self.exit(2, f"sightline: {message}\n`{self.prog} --help` shows what it takes.\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+        return action.help if plain or "%(default)" in (action.help or "") else f"{action.help} (default: %(default)s)"
+
+
+def verbs() -> dict[str, str]:
+    """The verbs by name, with their module: every file of this folder that has a `SUMMARY`."""
+    names = [module.name for module in pkgutil.iter_modules(sightline.cli.__path__)]
+    return {name.removesuffix("_"): name for name in names if name not in ("main", "options")}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and leaves with its status: 0 done, 1 tried and failed, 2 the request or input is at fault."""
+    words = [_hyphens(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    request = _parse(words)
+    try:
+        status = request.verb.run(request) or 0
+        sys.stdout.flush()
+    except (UserError, WorkError) as fault:
+        if request.debug:
+            raise
+        _complain(str(fault))
+        status = fault.status
+    except KeyboardInterrupt:
+        _complain("stopped")
+        status = 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    raise SystemExit(status)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="sightline",
+        description="Vision Transformers, from a folder of images to a model its owner can trust.",
+        epilog="example: sightline train photos --minutes 10\n\n`sightline VERB --help` explains a verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"sightline {sightline.__version__}")
+    subparsers = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
+    for verb, name in verbs().items():
+        module = importlib.import_module(f"sightline.cli.{name}")
+        _add(subparsers, verb, module)
+    request, rest = parser.parse_known_args(words)
+    if rest:
+        request.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return request
+
+
+def _add(subparsers: Any, verb: str, module: ModuleType) -> None:
+    parser = subparsers.add_parser(
+        verb, help=module.SUMMARY, description=module.SUMMARY, epilog=f"example: {module.EXAMPLE}"
+    )
+    module.arguments(parser)
+    group = parser.add_argument_group("every verb")
+    group.add_argument("--json", action="store_true", help="print exactly one JSON document on stdout")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    group.add_argument("--debug", action="store_true", help="show the traceback of a fault")
+    parser.set_defaults(verb=module, parser=parser)
+
+
+def _hyphens(word: str) -> str:
+    """`--batch_size` for those whose fingers know other tools."""
+    return re.sub(r"^--[a-z0-9_]+", lambda name: name[0].replace("_", "-"), word)
+
+
+def _complain(message: str) -> None:
+    print(f"sightline: {message}", file=sys.stderr)

@@ -1,0 +1,55 @@
+"""Command-line options made from the fields of settings dataclasses, so that both say the same."""
+
+import argparse
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def add_fields(parser: Any, kind: type, *, leave_out: tuple[str, ...] = ()) -> None:
+    """An option for each field of a dataclass that has help; left out on the command line, it stays None."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if "help" in field.metadata and field.name not in leave_out:
+            flag = f"--{field.name.replace('_', '-')}"
+            words = f"{field.metadata['help']}"
+            parser.add_argument(flag, default=None, help=words, dest=field.name, **_kind(hints[field.name]))
+
+
+def given(request: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that the command line named."""
+    named = {field.name: getattr(request, field.name, None) for field in fields(kind)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _kind(hint: Any) -> Mapping[str, Any]:
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is tuple:
+        count = len(get_args(hint))
+        return {"type": get_args(hint)[0], "nargs": count}
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+
+
+def add_device(parser: Any) -> None:
+    """Where to compute, and in which arithmetic."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    choices = ("auto", "fp32", "bf16", "fp16")
+    parser.add_argument("--precision", default="auto", choices=choices, help="arithmetic of the forward pass")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`224` or `160x96` (height × width) as (height, width)."""
+    parts = text.lower().replace("×", "x").split("x")
+    try:
+        height, width = (int(parts[0]), int(parts[-1]))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size like 224 or 160x96 (height × width)") from None
+    if len(parts) > 2 or min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size like 224 or 160x96 (height × width)")
+    return height, width

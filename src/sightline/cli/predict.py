@@ -1,0 +1,65 @@
+"""`sightline predict`: what is in images."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from sightline.cli.options import add_device
+
+SUMMARY = "Answer images: files, folders and globs, in order; one bad file costs one answer."
+EXAMPLE = "sightline predict runs/photos holiday/*.jpg --top 3"
+
+
+def arguments(parser: Any) -> None:
+    """The verb's own arguments."""
+    parser.add_argument("model", metavar="MODEL", help="model directory, checkpoint, or hf:org/name")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="image, folder of images, or glob")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="classes in an answer")
+    parser.add_argument("--csv", metavar="FILE", help="write a table too")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most images at a time")
+    parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_device(parser)
+
+
+def run(request: argparse.Namespace) -> int:
+    """Answers every image; 1 where any could not be read."""
+    from sightline.inference.files import expand, open_csv, to_json, write_csv
+    from sightline.model import load
+
+    model = load(request.model, architecture=request.architecture)
+    predictor = model.predictor(
+        device=request.device, precision=request.precision, top=request.top, batch_size=request.batch_size
+    )
+    failed = 0
+    with ExitStack() as files:
+        answers = predictor.predict(expand(request.paths))
+        if request.csv:
+            answers = write_csv(answers, files.enter_context(open_csv(request.csv)))
+
+        def counted() -> Iterator[Any]:
+            nonlocal failed
+            for answer in answers:
+                failed += answer.error is not None
+                yield answer
+
+        if request.json:
+            print(json.dumps(to_json(counted(), request.model, model.task)))
+        else:
+            for answer in counted():
+                _show(answer)
+    if failed and not request.quiet:
+        print(f"sightline: {failed} of the images could not be answered", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _show(answer: Any) -> None:
+    from sightline.errors import printable
+
+    if answer.prediction is None:
+        print(f"{printable(answer.path)}: {printable(answer.error)}", file=sys.stderr)
+    else:
+        scores = "  ".join(f"{printable(s.label)} {s.score:.1%}" for s in answer.prediction.top)
+        print(f"{printable(answer.path)}: {scores}", flush=True)

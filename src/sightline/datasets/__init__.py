@@ -1,0 +1,1 @@
+"""A place on disk, or a formula, to samples."""

@@ -1,0 +1,130 @@
+"""A labelled set of images, light enough for millions of files."""
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+
+class Sample(NamedTuple):
+    """One image: a file, or pixels [h, w, 3]; its class index, -1 where it has none; and its name for people."""
+
+    image: Path | UInt8[np.ndarray, "h w 3"]
+    target: int
+    name: str
+
+
+class Names(Sequence[str]):
+    """Many names in one block of memory: a fraction of a list of strings, and not copied when processes are forked."""
+
+    def __init__(self, names: Iterable[str]):
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += os.fsencode(name)  # names that are not UTF-8 survive, as surrogate escapes
+            ends.append(len(text))
+        self._text, self._ends = bytes(text), np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:  # ty: ignore[incompatible-method-override]  (no slices)
+        i = range(len(self))[i]
+        return os.fsdecode(self._text[self._ends[i] : self._ends[i + 1]])
+
+    def __iter__(self) -> Iterator[str]:
+        return (os.fsdecode(self._text[start:end]) for start, end in pairwise(self._ends.tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """Samples kept as columns: names, class indices, and either the folder that holds the files or their pixels."""
+
+    names: Sequence[str]
+    targets: Int64[np.ndarray, " n"]
+    root: Path = Path()
+    arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.targets)
+        assert self.arrays is None or len(self.arrays) == len(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> Sample:  # ty: ignore[incompatible-method-override]  (no slices)
+        name = self.names[i]
+        return Sample(self.root / name if self.arrays is None else self.arrays[i], int(self.targets[i]), name)
+
+    def content(self, i: int, name: str) -> bytes:
+        """Of sample i, called `name`: the size of its file in bytes (-1 where it is gone), or its pixels' digest."""
+        if self.arrays is not None:
+            return f"{self.arrays[i].shape} {hashlib.sha256(self.arrays[i].tobytes()).hexdigest()}".encode()
+        try:
+            return b"%d" % os.stat(os.path.join(self.root, name)).st_size  # noqa: PTH116, PTH118  (a Path costs more)
+        except OSError:
+            return b"-1"
+
+    def select(self, rows: Int64[np.ndarray, " m"]) -> "Samples":
+        """These rows alone, in the order given."""
+        chosen = rows.tolist()
+        arrays = None if self.arrays is None else [self.arrays[i] for i in chosen]
+        return Samples(Names(self.names[i] for i in chosen), self.targets[rows], self.root, arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with their classes: `classes[sample.target]` is the class of each sample; no classes, no labels."""
+
+    classes: tuple[str, ...]
+    samples: Samples
+
+    def __post_init__(self) -> None:
+        targets, lowest = self.samples.targets, 0 if self.classes else -1
+        assert not len(targets) or (targets.min() >= lowest and targets.max() < len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def targets(self) -> Int64[np.ndarray, " n"]:
+        """The class index of each sample."""
+        return self.samples.targets
+
+    def counts(self) -> dict[str, int]:
+        """Images per class, in the order of the classes."""
+        counts = np.bincount(self.targets[self.targets >= 0], minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def select(self, rows: Int64[np.ndarray, " m"]) -> "ImageSet":
+        """The set of these rows alone, with all classes."""
+        return ImageSet(self.classes, self.samples.select(rows))
+
+    def renumbered(self, classes: tuple[str, ...]) -> "ImageSet":
+        """The same images with the same classes in another order."""
+        assert set(classes) == set(self.classes)
+        places = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
+        return ImageSet(classes, replace(self.samples, targets=places[self.targets]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of what the set consists of, wherever it lies.
+
+        It covers the classes and their order, and of each sample in turn the name, the class and the content as far as
+        that is cheap to know: pixels of arrays, but only the sizes of files, in bytes (-1 where a file is gone).
+        """
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for i, (name, target) in enumerate(zip(self.samples.names, self.targets.tolist(), strict=True)):
+            digest.update(b"\n%b\0%d\0%b" % (os.fsencode(name), target, self.samples.content(i, name)))
+        return digest.hexdigest()
+
+
+def unlabelled(files: Sequence[Path]) -> ImageSet:
+    """A set of files without classes, in the order given: what prediction and self-supervised training read."""
+    return ImageSet((), Samples(Names(map(str, files)), np.full(len(files), -1)))

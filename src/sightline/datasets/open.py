@@ -1,0 +1,30 @@
+"""Whatever the user calls a dataset, as training and validation images."""
+
+import os
+from pathlib import Path
+
+from sightline.datasets.folder import read_splits
+from sightline.datasets.split import Splits
+from sightline.datasets.table import read_table
+from sightline.errors import UserError, printable
+from sightline.registry import find
+
+_BUILTIN = "builtin:"
+
+
+def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) -> Splits:
+    """Opens a folder of class folders, a CSV file with `path,label`, or `builtin:NAME`; nothing is written.
+
+    Where the data has no validation part of its own, `held_out` (0 to 1) of each class is set apart by `seed`. The
+    built-in sets are the `BUILTIN` tables of this room: from (seed, held_out) to `Splits`. Raises UserError for what is
+    not there, cannot be read, or would be wrong to train on.
+    """
+    if str(source).startswith(_BUILTIN):
+        return find("datasets", "BUILTIN", str(source).removeprefix(_BUILTIN), "built-in dataset")(seed, held_out)
+    path = Path(source)
+    if os.path.isdir(path):  # noqa: PTH112  (False where a folder above is closed to us, not an exception)
+        return read_splits(path, seed=seed, held_out=held_out)
+    if path.suffix.lower() == ".csv":
+        return read_table(path, seed=seed, held_out=held_out)
+    problem = "is neither a folder nor a CSV file" if os.path.exists(path) else "does not exist"  # noqa: PTH110
+    raise UserError(f"{printable(path)} {problem}; a dataset is a folder, a CSV file, or one like builtin:digits")

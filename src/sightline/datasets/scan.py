@@ -1,0 +1,121 @@
+"""Finds image files below a folder, and says what else lies there; nothing is ever written."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from glob import glob, has_magic
+from pathlib import Path
+
+from sightline.datasets.naming import natural, some
+from sightline.errors import UserError, printable
+
+# fmt: off
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".avif",
+)
+# fmt: on
+_CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"})
+
+
+@dataclass
+class Skipped:
+    """What was met besides the images of classes."""
+
+    hidden: int = 0
+    loops: int = 0
+    loose: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Sentences for people."""
+        told = []
+        if self.loose:
+            told.append(f"images left out, being in no class folder: {some(sorted(self.loose), 3)}")
+        if self.others:
+            told.append(f"left out, being no image files: {some(sorted(self.others), 3)}")
+        if self.hidden:
+            told.append(f"hidden files and folders left out: {self.hidden}")
+        if self.loops:
+            told.append(f"links to folders that are read already, not followed: {self.loops}")
+        return told
+
+
+def contents(folder: str, skipped: Skipped) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the image files in a folder, sorted. Raises UserError where it is unreadable."""
+    folders, images = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+                    skipped.hidden += 1
+                elif _is(entry, directory=True):
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(EXTENSIONS) and _is(entry, directory=False):
+                    images.append(entry.name)
+                else:
+                    skipped.others.append(entry.name)
+    except OSError as error:
+        raise UserError(f"{printable(folder)}: cannot read the folder: {error.strerror or error}") from error
+    return sorted(folders), sorted(images)
+
+
+def _is(entry: os.DirEntry, *, directory: bool) -> bool:
+    if entry.is_symlink():  # a link that leads nowhere or round in circles is neither
+        return os.path.isdir(entry.path) if directory else os.path.isfile(entry.path)  # noqa: PTH112, PTH113
+    return entry.is_dir() if directory else entry.is_file()
+
+
+def images_below(root: str, skipped: Skipped, below: str = "") -> list[str]:
+    """Image files in the folder `below` (as 'a/b/') of a root and all under it, relative to the root, sorted.
+
+    Links to folders are followed, after all that lies there without them; every folder is read once, and none that
+    contains `below`. Raises UserError for a folder that cannot be read.
+    """
+    home = os.path.realpath(root)
+    steps = below.split("/")[:-1]
+    containing = ["/".join(steps[:i]) for i in range(len(steps))]
+    entered = {*map(str, Path(home).parents), *(os.path.realpath(_join(root, path)) for path in containing)}
+    found: list[str] = []
+    plain, linked = [below], []
+    while plain or linked:
+        here = plain.pop() if plain else linked.pop(0)
+        real = os.path.realpath(_join(root, here))
+        if real in entered:
+            skipped.loops += 1
+            continue
+        entered.add(real)
+        folders, images = contents(_join(root, here), skipped)
+        found += [f"{here}{name}" for name in images]
+        for name in folders:
+            (linked if os.path.islink(_join(root, here + name)) else plain).append(f"{here}{name}/")  # noqa: PTH114
+    return sorted(found)
+
+
+def _join(root: str, path: str) -> str:
+    return os.path.join(root, path)  # noqa: PTH118  (a Path per folder entry costs more than reading it)
+
+
+def list_images(sources: Iterable[str | Path]) -> list[Path]:
+    """Image files named one by one, by folder (with all below it) or by glob (`**` for any depth), each once.
+
+    The order is that of the sources, and natural within each. What is named is kept, whatever it is called and whether
+    or not it exists: its reader will answer for it. Raises UserError for a folder without images or without permission,
+    and for a glob that matches nothing.
+    """
+    files: dict[str, Path] = {}
+    for source in map(str, sources):
+        magic = has_magic(source) and not os.path.lexists(source)
+        named = sorted(glob(source, recursive=True), key=natural) if magic else [source]  # noqa: PTH207
+        found = [file for name in named for file in _expand(name)]
+        if not found:
+            raise UserError(f"{printable(source)}: {'nothing matches' if not named else 'no images found'}")
+        for file in found:
+            files.setdefault(os.path.abspath(file), Path(file))  # noqa: PTH100  (links stay what they are)
+    return list(files.values())
+
+
+def _expand(name: str) -> list[str]:
+    if not os.path.isdir(name):  # noqa: PTH112  (False, not an exception, for names that cannot exist)
+        return [name]
+    return [_join(name, file) for file in sorted(images_below(name, Skipped()), key=natural)]

@@ -1,0 +1,100 @@
+"""How often a classifier is right, by every count that a person would ask for."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+WORST = 12
+"""Wrong answers that are remembered."""
+
+
+@dataclass
+class Accuracy:
+    """Counts over a labelled set; sums of parts are the counts of the whole.
+
+    `confusion[i, j]` counts images of class i that were called j. Images that could not be read are `refused`: they
+    stand in the denominator of every metric, as answers that were not given. `mistakes` are the worst wrong answers,
+    as (score of the wrong class, index of the image, the wrong class), the surest first.
+    """
+
+    classes: int
+    confusion: np.ndarray = field(init=False)
+    top5: int = 0
+    loss: float = 0.0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    mistakes: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.confusion = np.zeros((self.classes, self.classes), dtype=np.int64)
+
+    def add(self, logits: Float[Tensor, "b k"], targets: Int[Tensor, " b"], index: Int[Tensor, " b"]) -> None:
+        """Counts one batch; `index` says which images they are."""
+        logits, targets = logits.float().cpu(), targets.cpu()
+        scores, called = logits.softmax(dim=1).max(dim=1)
+        np.add.at(self.confusion, (targets.numpy(), called.numpy()), 1)
+        wrong = (called != targets).nonzero()[:, 0].tolist()
+        self._keep_worst([(float(scores[i]), int(index[i]), int(called[i])) for i in wrong])
+        best = logits.topk(min(5, self.classes), dim=1).indices
+        self.top5 += int((best == targets[:, None]).sum())
+        self.loss += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+
+    def merge(self, others: Iterable["Accuracy"]) -> "Accuracy":
+        """The counts of this part and others together."""
+        for other in others:
+            self.confusion += other.confusion
+            self.top5, self.loss = self.top5 + other.top5, self.loss + other.loss
+            self.refused.extend(other.refused)
+            self._keep_worst(other.mistakes)
+        return self
+
+    def _keep_worst(self, more: list[tuple[float, int, int]]) -> None:
+        self.mistakes = sorted([*self.mistakes, *more], reverse=True)[:WORST]
+
+    @property
+    def evaluated(self) -> int:
+        """Images that got an answer."""
+        return int(self.confusion.sum())
+
+    def metrics(self) -> dict[str, float]:
+        """`top1` and `top5` as fractions of all images, and the mean cross-entropy of those that could be read."""
+        total = self.evaluated + len(self.refused)
+        return {
+            "top1": float(np.trace(self.confusion)) / total if total else 0.0,
+            "top5": self.top5 / total if total else 0.0,
+            "loss": self.loss / max(self.evaluated, 1),
+        }
+
+    def per_class(self, labels: Sequence[str]) -> list[dict[str, float | int | str]]:
+        """For each class: images, recall, precision and F1, fractions between 0 and 1."""
+        hits, actual, called = np.diag(self.confusion), self.confusion.sum(1), self.confusion.sum(0)
+        recall, precision = hits / np.maximum(actual, 1), hits / np.maximum(called, 1)
+        f1 = 2 * hits / np.maximum(actual + called, 1)
+        return [
+            {"label": label, "images": int(n), "recall": float(r), "precision": float(p), "f1": float(f)}
+            for label, n, r, p, f in zip(labels, actual, recall, precision, f1, strict=True)
+        ]
+
+
+@torch.inference_mode()
+def accuracy(
+    network: nn.Module,
+    batches: Iterable,
+    classes: int,
+    *,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> Accuracy:
+    """The counts of a network over batches of (step, Batch, refused); the network is left in the mode it was in."""
+    counts, training = Accuracy(classes), network.training
+    network.eval()
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        for _, batch, refused in batches:
+            counts.refused.extend(refused)
+            if batch is not None:
+                counts.add(network(batch.pixels.to(device)), batch.targets, batch.index)
+    network.train(training)
+    return counts

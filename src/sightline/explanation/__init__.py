@@ -1,0 +1,1 @@
+"""Model and image to arrays that show what the model sees, and then to pictures."""

@@ -1,0 +1,69 @@
+"""Attention rollout: how much of each input patch arrives at a token of the last layer (arXiv 2005.00928).
+
+The maps of the layers are multiplied, A_last … A_1. Asked for few rows of that product, one walks from the last layer
+to the first and never needs a matrix beside the layer's own.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+Fusion = Literal["mean", "max", "min"]
+Query = Literal["class token", "mean of patches"]
+
+
+def flow(
+    weights: Float[Tensor, "b h n n"], *, residual: bool = True, fusion: Fusion = "mean"
+) -> Float[Tensor, "b n n"]:
+    """One layer's share of every token in every other: the heads fused, each row summing to 1.
+
+    With `residual` the identity is added before the rows are scaled, which stands for the skip connection around the
+    attention (arXiv 2005.00928, section 3.1: 0.5 A + 0.5 I when the heads are averaged).
+    """
+    fused = reduce(weights, "b h n m -> b n m", fusion)
+    if residual:
+        fused = fused + torch.eye(fused.shape[-1], device=fused.device)
+    return fused / fused.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
+
+
+def rollout(
+    maps: Iterable[Float[Tensor, "b h n n"]],
+    queries: Float[Tensor, "b q n"],
+    *,
+    residual: bool = True,
+    fusion: Fusion = "mean",
+) -> Float[Tensor, "b q n"]:
+    """The shares of the input tokens in what `queries` read of the last layer (arXiv 2005.00928, equation 1).
+
+    `maps` come from the last layer to the first and are used one at a time. Each row of `queries` weighs the tokens of
+    the last layer; the identity gives the whole matrix.
+    """
+    for weights in maps:
+        queries = queries @ flow(weights, residual=residual, fusion=fusion)
+        del weights  # before the next one is computed
+    return queries
+
+
+def query_row(tokens: int, prefix: int, query: Query) -> Float[Tensor, "1 1 n"]:
+    """The row that asks for one result of the last layer: its first token, or the mean of its patches."""
+    row = torch.zeros(1, 1, tokens)
+    if query == "class token":
+        assert prefix > 0, "there is no class token to ask"
+        row[..., 0] = 1.0
+    else:
+        row[..., prefix:] = 1 / (tokens - prefix)
+    return row
+
+
+def on_grid(rows: Float[Tensor, "*b n"], grid: tuple[int, int], prefix: int) -> Float[Tensor, "*b rows columns"]:
+    """The patches' part of rows over all tokens, as maps on their grid; the prefix tokens' part is left out."""
+    return rearrange(rows[..., prefix:], "... (r c) -> ... r c", r=grid[0], c=grid[1])
+
+
+def scaled(maps: Float[Tensor, "*b rows columns"]) -> Float[Tensor, "*b rows columns"]:
+    """Maps divided by their largest value, for display: 0 to 1."""
+    return maps / maps.amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)

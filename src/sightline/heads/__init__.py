@@ -1,0 +1,1 @@
+"""`Tokens` to an output, its loss, and the answer read from it: one file for each task, with its `HEADS` table."""

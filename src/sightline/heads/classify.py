@@ -1,0 +1,87 @@
+"""Tokens to class probabilities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sightline.schema import require
+from sightline.types import Prediction, Score, Step, Tokens
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """The settings of a `ClassifyHead`, under the names that timm's users know.
+
+    `global_pool` reads the class token, the mean of the patch tokens, or both side by side. `fc_norm` normalises what
+    was pooled. `pre_logits` is the width of a dense layer with tanh before the classifier, as in the paper's
+    pre-training. `num_classes=0` leaves the classifier out: the pooled features come back. `drop_rate` lies in [0, 1).
+    """
+
+    num_classes: int = 1000
+    global_pool: Literal["token", "avg", "both"] = "token"
+    fc_norm: bool = False
+    norm_eps: float = 1e-6
+    pre_logits: int | None = None
+    drop_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.num_classes >= 0, f"num_classes must not be negative, and is {self.num_classes}")
+        require(self.pre_logits is None or self.pre_logits > 0, f"pre_logits must be positive, not {self.pre_logits}")
+        require(0 <= self.drop_rate < 1, f"drop_rate must lie in [0, 1), not {self.drop_rate}")
+
+
+class ClassifyHead(nn.Module):
+    """Pools the tokens and reads one logit for each class (arXiv 2010.11929, equation 4 and section 3.2).
+
+    The classifier starts at zero, as for fine-tuning: every class is equally probable at first.
+    """
+
+    Config = ClassifyConfig
+    task = "classify"
+
+    def __init__(self, config: ClassifyConfig, width: int):
+        super().__init__()
+        self.config = config
+        pooled = 2 * width if config.global_pool == "both" else width
+        features = config.pre_logits or pooled
+        self.norm = nn.LayerNorm(pooled, eps=config.norm_eps) if config.fc_norm else nn.Identity()
+        self.pre_logits = nn.Linear(pooled, features) if config.pre_logits else None
+        self.drop = nn.Dropout(config.drop_rate)
+        self.classifier = nn.Linear(features, config.num_classes) if config.num_classes else None
+        if self.classifier is not None:
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+
+    def features(self, tokens: Tokens) -> Float[Tensor, "b d"]:
+        """What the classifier reads of each image: its embedding."""
+        pool = self.config.global_pool
+        assert pool == "avg" or tokens.prefix > 0, "pooling by the class token needs a backbone with one"
+        parts = [tokens.x[:, 0]] * (pool != "avg") + [tokens.mean()] * (pool != "token")
+        pooled = self.norm(torch.cat(parts, dim=1))
+        return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "b k"]:
+        features = self.drop(self.features(tokens))
+        return features if self.classifier is None else self.classifier(features)
+
+    def loss(self, output: Float[Tensor, "b k"], target: Int[Tensor, " b"] | Float[Tensor, "b k"]) -> Step:
+        """Cross-entropy against class indices or soft targets, and the accuracy in the batch."""
+        hard = target if target.ndim == 1 else target.argmax(dim=1)
+        accuracy = (output.detach().argmax(dim=1) == hard).float().mean()
+        return Step(F.cross_entropy(output.float(), target), {"accuracy": accuracy})
+
+    def read(self, output: Float[Tensor, "b k"], labels: Sequence[str], top: int = 5) -> list[Prediction]:
+        """The answer for each image: the `top` most probable classes in falling order."""
+        scores, indices = output.float().softmax(dim=1).topk(min(top, output.shape[1]), dim=1)
+        return [
+            Prediction([Score(labels[i], i, s) for s, i in zip(row_s, row_i, strict=True)])
+            for row_s, row_i in zip(scores.tolist(), indices.tolist(), strict=True)
+        ]
+
+
+HEADS = {"classify": ClassifyHead}

@@ -1,0 +1,1 @@
+"""Image file to pixels: decoding, the pixel contract, augmentation."""

@@ -1,0 +1,69 @@
+"""Files in, documents out: what `predict` reads from the command line and what it writes."""
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+from glob import has_magic
+from io import TextIOBase
+from pathlib import Path
+from typing import IO, Any
+
+from sightline.datasets.scan import list_images
+from sightline.errors import UserError, printable
+from sightline.inference.predictor import Answer
+
+COLUMNS = ("path", "label", "index", "score", "error")
+
+
+def expand(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | Answer]:
+    """The image files that files, folders and globs stand for, in the order given.
+
+    A file is passed on as it is called, whatever it is: its reader will answer for it. A folder stands for the files
+    below it that are images by their names, a glob for what it matches, both in natural order. A folder without images
+    and a glob without matches become an `Answer` with an error, which `Predictor.predict` passes on.
+    """
+    for path in map(os.fsdecode, paths):
+        if not Path(path).is_dir() and (os.path.lexists(path) or not has_magic(path)):
+            yield path
+            continue
+        try:
+            yield from map(str, list_images([path]))
+        except UserError as error:
+            yield Answer(path, error=str(error).removeprefix(f"{path}: "))
+
+
+def to_json(answers: Iterable[Answer], model: str, task: str = "classify") -> dict[str, Any]:
+    """The document of `predict --json`: the model, its task, and one object for each answer, in order."""
+    return {"model": model, "task": task, "results": [_result(answer) for answer in answers]}
+
+
+def _result(answer: Answer) -> dict[str, Any]:
+    if answer.prediction is None:
+        return {"path": answer.path, "error": answer.error}
+    return {"path": answer.path, **answer.prediction.to_json()}
+
+
+def open_csv(path: str | os.PathLike[str]) -> IO[str]:
+    """A new text file for `write_csv`. Raises UserError where it cannot be made."""
+    try:
+        return Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace")
+    except OSError as fault:
+        raise UserError(f"cannot write {printable(os.fsdecode(path))}: {fault.strerror}") from fault
+
+
+def write_csv(answers: Iterable[Answer], stream: TextIOBase) -> Iterator[Answer]:
+    """Writes answers to an open text file as they pass through, so that an interrupted run keeps what it had.
+
+    The columns are `COLUMNS`; a row for each class of an answer, the most probable first; an error is one row.
+    `open_csv` makes a fit file. Values are written as they are: a spreadsheet may take a path or label that begins
+    with `=`, `+`, `-` or `@` for a formula, and whatever prevents that changes the data. Import such files as text.
+    """
+    rows = csv.writer(stream)
+    rows.writerow(COLUMNS)
+    for answer in answers:
+        if answer.prediction is None:
+            rows.writerow([answer.path, "", "", "", answer.error])
+        else:
+            rows.writerows([answer.path, s.label, s.index, s.score, ""] for s in answer.prediction.top)
+        stream.flush()
+        yield answer

@@ -1,0 +1,68 @@
+"""The one attention of every model here: fused when it computes, explicit when it is looked at."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (arXiv 1706.03762, section 3.2.2).
+
+    `width` is the size of a token and a multiple of `heads`; `drop` is the dropout of the attention map, `out_drop`
+    that of the output. Raises AssertionError where the heads do not divide the width.
+
+    The three input projections share one matrix, rows in the order query, key, value. Windows are put into the batch
+    axis by the caller; masks and relative positions go into `bias`, which is added to the logits (minus infinity
+    hides a key).
+    """
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, drop: float = 0.0, out_drop: float = 0.0):
+        super().__init__()
+        assert width % heads == 0, f"width {width} is not a multiple of {heads} heads"
+        self.heads = heads
+        self.drop = drop
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
+        self.out_drop = nn.Dropout(out_drop)
+
+    def project(
+        self, query: Float[Tensor, "b n d"], key: Tensor | None, value: Tensor | None
+    ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h m k"], Float[Tensor, "b h m k"]]:
+        """Queries, keys and values of each head. Keys default to the queries' tokens, values to the keys'."""
+        if key is None and value is None:
+            return rearrange(self.qkv(query), "b n (three h k) -> three b h n k", three=3, h=self.heads).unbind(0)
+        key = query if key is None else key
+        value = key if value is None else value
+        biases = self.qkv.bias.chunk(3) if self.qkv.bias is not None else (None, None, None)
+        parts = zip((query, key, value), self.qkv.weight.chunk(3), biases, strict=True)
+        q, k, v = (rearrange(F.linear(x, w, b), "b n (h k) -> b h n k", h=self.heads) for x, w, b in parts)
+        return q, k, v
+
+    def forward(
+        self,
+        query: Float[Tensor, "b n d"],
+        key: Float[Tensor, "b m d"] | None = None,
+        value: Float[Tensor, "b m d"] | None = None,
+        *,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Each query's mean of the values, weighted by how well its key fits; the map is never materialised."""
+        q, k, v = self.project(query, key, value)
+        bias = None if bias is None else bias.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.drop if self.training else 0.0)
+        return self.out_drop(self.out(rearrange(mixed, "b h n k -> b n (h k)")))
+
+    def weights(
+        self,
+        query: Float[Tensor, "b n d"],
+        key: Float[Tensor, "b m d"] | None = None,
+        value: Float[Tensor, "b m d"] | None = None,
+        *,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """The attention map that `forward` applies for the same arguments, without dropout; every row sums to 1."""
+        q, k, _ = self.project(query, key, value)
+        logits = q @ rearrange(k, "b h m k -> b h k m") * q.shape[-1] ** -0.5
+        return torch.softmax(logits if bias is None else logits + bias, dim=-1)

@@ -1,0 +1,153 @@
+"""The Transformer encoder, pre-norm as in the Vision Transformer or post-norm as in the original Transformer."""
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sightline.layers.attention import Attention
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""Exact GELU (timm, DeiT, …), its tanh form (the original JAX code), the sigmoid form (OpenAI CLIP), ReLU, SiLU."""
+
+Bias = Float[Tensor, "#b #h #n #n"]
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between, applied to every token alone."""
+
+    def __init__(self, width: int, hidden: int, *, activation: str = "gelu", drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = activation
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return self.drop(self.fc2(self.drop(ACTIVATIONS[self.activation](self.fc1(x)))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch, small at first (arXiv 2103.17239, equation 3)."""
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for a whole sample with probability `rate` (arXiv 1603.09382).
+
+    Inside `rows_of(start, total)` the noise is drawn for all `total` samples of the global batch and the rows of this
+    part are taken, so that splitting a batch over processes or micro-batches changes nothing.
+    """
+
+    part: tuple[int, int] | None = None
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        if self.rate == 0.0 or not self.training:
+            return x
+        start, total = DropPath.part or (0, x.shape[0])
+        noise = torch.rand(total, device=x.device)[start : start + x.shape[0]]
+        keep = (noise >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * keep.view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+@contextmanager
+def rows_of(start: int, total: int) -> Generator[None]:
+    """Tells every `DropPath` that the batches inside are rows `start …` of a global batch of `total` samples."""
+    before, DropPath.part = DropPath.part, (start, total)
+    try:
+        yield
+    finally:
+        DropPath.part = before
+
+
+class Block(nn.Module):
+    """One encoder layer: attention and MLP, each on a residual branch (arXiv 2010.11929, equations 2 and 3).
+
+    `norm="pre"` normalises the input of each branch; `norm="post"` the sum after it (arXiv 1706.03762, section 3.1).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        norm: Literal["pre", "post"] = "pre",
+        eps: float = 1e-6,
+        activation: str = "gelu",
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.norm = norm
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads, qkv_bias=qkv_bias, drop=attn_drop, out_drop=drop)
+        self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden, activation=activation, drop=drop)
+        self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n d"], bias: Bias | None = None) -> Float[Tensor, "b n d"]:
+        if self.norm == "post":
+            x = self.norm1(x + self.drop_path(self.scale1(self.attention(x, bias=bias))))
+            return self.norm2(x + self.drop_path(self.scale2(self.mlp(x))))
+        x = x + self.drop_path(self.scale1(self.attention(self.norm1(x), bias=bias)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks; the rate of `drop_path` grows linearly from 0 at the first to its value at the last.
+
+    `bias` is added to the attention logits: one tensor for all layers, or a sequence with one for each.
+    With `checkpointing` set, activations are recomputed in the backward pass instead of kept.
+    """
+
+    def __init__(self, depth: int, *, drop_path: float = 0.0, **block):
+        super().__init__()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(drop_path=rate, **block) for rate in rates)
+        self.checkpointing = False
+
+    def each(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Iterator[Tensor]:
+        """The tokens after each block in turn, [b, n, d]."""
+        shared = bias is None or isinstance(bias, Tensor)
+        for i, block in enumerate(self.blocks):
+            own = bias if shared else bias[i]
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, own, use_reentrant=False)
+            else:
+                x = block(x, own)
+            yield x
+
+    def forward(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Float[Tensor, "b n d"]:
+        return deque(self.each(x, bias), maxlen=1).pop()  # only the last is kept

@@ -1,0 +1,159 @@
+"""A backbone and its head: what `create_model` makes, and how it is written down."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sightline.errors import UserError, suggest
+from sightline.registry import find, variant, variants
+from sightline.schema import from_json, require, to_json
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network as plain data: enough to build it anywhere, without its weights.
+
+    `family` and `task` are keys of the `FAMILIES` and `HEADS` tables, `backbone` and `head` their settings. `name` is
+    the row it came from, for people.
+    """
+
+    name: str
+    family: str
+    backbone: Any
+    task: str
+    head: Any
+
+    def build(self) -> "Network":
+        """The network with random weights."""
+        return Network(self)
+
+    def lay_out(self) -> "Network":
+        """The network without memory for its weights, to count it or to assign weights to it."""
+        with torch.device("meta"), _NothingToFill():
+            return Network(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `from_json` reads back to an equal architecture."""
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "architecture") -> "Architecture":
+        """Reads what `to_json` wrote. Raises UserError that names `where` and the setting at fault."""
+        require(isinstance(data, Mapping), f"{where}: expected an object")
+        missing = {"name", "family", "backbone", "task", "head"} ^ set(data)
+        require(not missing, f"{where}: missing or unknown: {', '.join(sorted(map(str, missing)))}")
+        require(all(isinstance(data[k], str) for k in ("name", "family", "task")), f"{where}: names must be text")
+        backbone = find("backbones", "FAMILIES", data["family"], f"family in {where}")
+        head = find("heads", "HEADS", data["task"], f"task in {where}")
+        return cls(
+            data["name"],
+            data["family"],
+            from_json(backbone.Config, data["backbone"], f"{where}: backbone"),
+            data["task"],
+            from_json(head.Config, data["head"], f"{where}: head"),
+        )
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Passes over initialisation on the meta device, where the framework would be seconds long at it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        return target if in_place and isinstance(target, Tensor) and target.is_meta else func(*args, **kwargs)
+
+
+class Network(nn.Module):
+    """A backbone and a head: pixels [b, 3, h, w] to the task's output.
+
+    Images of any height and width pass, whatever `image_size` it was made for. `sizes` [b, 2] gives each image's
+    (height, width) in a batch of unlike sizes, padded below and to the right.
+    """
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        self.architecture = architecture
+        self.backbone = find("backbones", "FAMILIES", architecture.family, "family")(architecture.backbone)
+        self.head = find("heads", "HEADS", architecture.task, "task")(architecture.head, self.backbone.width)
+
+    def forward(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Tensor:
+        return self.head(self.backbone(pixels, sizes))
+
+    def embed(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Float[Tensor, "b d"]:
+        """The feature vector that the head's last layer reads, [batch, width]."""
+        return self.head.features(self.backbone(pixels, sizes))
+
+
+_PAIRS = ("image_size", "patch_size")
+
+
+def describe(
+    name: str,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    task: str = "classify",
+    **overrides: Any,
+) -> Architecture:
+    """The architecture of a registered model with settings of the user's in place of its own."""
+    row = variant(name)
+    backbone = find("backbones", "FAMILIES", row.family, "family")
+    head = find("heads", "HEADS", task, "task")
+    given = {"num_classes": num_classes, "image_size": image_size, **overrides}
+    given = {key: value for key, value in given.items() if value is not None}
+    settings, rest = backbone.split({**row.settings, **row.head, "num_classes": row.num_classes, **given})
+    known = {*backbone.Config.__dataclass_fields__, *head.Config.__dataclass_fields__}
+    for key in rest:
+        if key not in known:
+            raise UserError(f"model '{name}' has no setting '{key}'.{suggest(key, known)}")
+    for key in _PAIRS:
+        if isinstance(settings.get(key), int):
+            settings[key] = (settings[key],) * 2
+    where = f"model '{name}'"
+    return Architecture(
+        name, row.family, from_json(backbone.Config, settings, where), task, from_json(head.Config, rest, where)
+    )
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    **overrides: Any,
+) -> Network:
+    """A network by its name, with random weights: pixels [b, 3, h, w] to logits [b, num_classes].
+
+    Names are timm's (`list_models` has them all). `num_classes=0` leaves the classifier out; `image_size` is in
+    pixels, one number or (height, width). Other settings go by the names of the family's configuration (`patch_size`,
+    `embed_dim`, `depth`, `num_heads`, `drop_path_rate`, `global_pool`, …). Raises UserError for unknown names.
+    """
+    return describe(name, num_classes, image_size, **overrides).build()
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of all registered models that match a shell pattern such as `vit_*_224`."""
+    return list(variants(pattern))
+
+
+def count_parameters(network: nn.Module) -> int:
+    """The number of learned values."""
+    return sum(math.prod(p.shape) for p in network.parameters())
+
+
+def count_macs(architecture: Architecture) -> int:
+    """Multiply-adds of one image at the architecture's own size, counted by the framework without computing them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = architecture.lay_out().to("meta").eval()
+    height, width = architecture.backbone.image_size
+    pixels = torch.empty(1, architecture.backbone.in_chans, height, width, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(pixels)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,1 @@
+"""Runs as Python functions, each with its expected time and result in its docstring."""

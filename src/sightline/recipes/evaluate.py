@@ -1,0 +1,109 @@
+"""A model weighed on labelled images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sightline.checkpoints.files import read_json
+from sightline.datasets.image_set import ImageSet
+from sightline.datasets.loader import OrderedLoader
+from sightline.datasets.naming import some
+from sightline.datasets.open import open_dataset
+from sightline.device import pick_device, pick_precision
+from sightline.errors import UserError
+from sightline.evaluation.accuracy import accuracy
+from sightline.model import load
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found. Refused images stand in the denominator of every metric."""
+
+    model: str
+    task: str
+    metrics: Mapping[str, float]
+    counts: Mapping[str, int]
+    seconds: Mapping[str, float]
+    per_class: Sequence[Mapping[str, Any]]
+    confusion: Sequence[Sequence[int]]
+    labels: Sequence[str]
+    refused: Sequence[tuple[str, str]]
+    notes: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `evaluate --json`."""
+        return {
+            "model": self.model,
+            "task": self.task,
+            "metrics": dict(self.metrics),
+            "counts": dict(self.counts),
+            "seconds": dict(self.seconds),
+            "labels": list(self.labels),
+            "per_class": [dict(row) for row in self.per_class],
+            "confusion": [list(row) for row in self.confusion],
+            "refused": [{"path": name, "error": reason} for name, reason in self.refused],
+        }
+
+
+def evaluate(
+    source: str | Path,
+    data: str | Path,
+    *,
+    seed: int | None = None,
+    batch_size: int = 64,
+    workers: int = 1,
+    device: str = "auto",
+    precision: str = "auto",
+    architecture: str | None = None,
+) -> Evaluated:
+    """Measures a model on the validation part of `data`.
+
+    Where the data has no such part, it is held out as in the model's own training: by the same `seed`. The classes of
+    the data must be those of the model, by name; their order on disk does not matter. Raises UserError otherwise.
+    """
+    import time
+
+    model = load(source, architecture=architecture)
+    where = pick_device(device)
+    record = Path(source) / "run.json"
+    if seed is None:
+        seed = int(read_json(record).get("seed", 0)) if record.is_file() else 0
+    splits = open_dataset(data, seed=seed)
+    images = _in_order_of(model.labels, splits.val, str(data))
+    loader = OrderedLoader(
+        images,
+        model.preprocess,
+        batch_size=batch_size,
+        workers=workers if images.samples.arrays is None else 0,
+    )
+    began = time.monotonic()
+    counts = accuracy(
+        model.network.to(where),
+        loader,
+        len(model.labels),
+        device=where,
+        precision=pick_precision(precision, where),
+    )
+    return Evaluated(
+        str(source),
+        model.task,
+        counts.metrics(),
+        {"evaluated": counts.evaluated, "refused": len(counts.refused)},
+        {"evaluate": round(time.monotonic() - began, 2)},
+        counts.per_class(model.labels),
+        counts.confusion.tolist(),
+        model.labels,
+        counts.refused,
+        splits.notes,
+    )
+
+
+def _in_order_of(labels: Sequence[str], images: ImageSet, data: str) -> ImageSet:
+    """The images with their classes numbered as the model numbers them. Raises UserError for another class set."""
+    missing, extra = set(labels) - set(images.classes), set(images.classes) - set(labels)
+    if missing or extra:
+        gaps = [f"only the model knows {some(sorted(missing))}"] if missing else []
+        gaps += [f"only {data} has {some(sorted(extra))}"] if extra else []
+        raise UserError(f"the classes of {data} are not those of the model: {'; '.join(gaps)}")
+    return images.renumbered(tuple(labels))

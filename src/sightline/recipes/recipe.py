@@ -1,0 +1,108 @@
+"""What a run consists of, as plain data with its reasons."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sightline.datasets.image_set import ImageSet
+from sightline.errors import UserError
+from sightline.images.augment import Augment
+from sightline.images.preprocess import Preprocess
+from sightline.network import Architecture
+from sightline.schema import from_json, to_json
+from sightline.training.settings import Settings
+
+LOOKED_AT = 256
+"""Images whose size is looked at to choose a resolution."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe is chosen by: how many images and classes, and the (height, width) that half of them exceed."""
+
+    images: int
+    classes: int
+    size: tuple[int, int]
+
+    @property
+    def side(self) -> int:
+        """The shorter side of a typical image, in pixels."""
+        return min(self.size)
+
+
+def facts(images: ImageSet) -> Facts:
+    """The facts of a set, by the headers of an even sample of its images."""
+    rows = np.unique(np.linspace(0, len(images) - 1, num=min(LOOKED_AT, len(images))).astype(int))
+    sizes = [size for i in rows if (size := _size(images.samples[int(i)].image)) is not None]
+    if not sizes:
+        raise UserError("none of the training images can be read")
+    height, width = np.median(np.array(sizes), axis=0)
+    return Facts(len(images), len(images.classes), (int(height), int(width)))
+
+
+def _size(image: Path | np.ndarray) -> tuple[int, int] | None:
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    try:
+        with Image.open(image) as opened:
+            return opened.height, opened.width
+    except Exception:  # whatever is wrong with it, the loader will name it
+        return None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run as plain data: the network, its pixels, how they vary, how it is taught, and why."""
+
+    name: str
+    architecture: Architecture
+    preprocess: Preprocess
+    augment: Augment
+    settings: Settings
+    reasons: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `from_json` reads back."""
+        return {
+            "name": self.name,
+            "architecture": self.architecture.to_json(),
+            "preprocess": self.preprocess.to_json(),
+            "augment": self.augment.to_json(),
+            "settings": to_json(self.settings),
+            "reasons": list(self.reasons),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> "Recipe":
+        """Reads what `to_json` wrote. Raises UserError naming `where`."""
+        try:
+            return cls(
+                str(data["name"]),
+                Architecture.from_json(data["architecture"], f"{where}: architecture"),
+                Preprocess.from_json(data["preprocess"]),
+                Augment.from_json(data["augment"]),
+                from_json(Settings, data["settings"], f"{where}: settings"),
+                tuple(data["reasons"]),
+            )
+        except (KeyError, TypeError) as fault:
+            raise UserError(f"{where}: the recipe lacks {fault}") from fault
+
+    def told(self, settings: Mapping[str, Any], augment: Mapping[str, Any]) -> "Recipe":
+        """The recipe with what the user said in place of its own."""
+        changed = from_json(Settings, {**to_json(self.settings), **settings}, "settings")
+        return replace(self, settings=changed, augment=Augment.from_json({**self.augment.to_json(), **augment}))
+
+    def describe(self) -> list[str]:
+        """A few lines for whoever starts the run: what was chosen, and why."""
+        backbone, s = self.architecture.backbone, self.settings
+        size = "×".join(map(str, backbone.image_size))
+        length = f"{s.minutes:g} minutes" if s.minutes is not None else f"{s.epochs:g} epochs"
+        return [
+            f"recipe '{self.name}': {self.architecture.name} at {size} pixels for {length}, "
+            f"batches of {s.batch_size}, {s.optimizer} with learning rate {s.lr:g}, seed {s.seed}",
+            *(f"  because {reason}" for reason in self.reasons),
+        ]

@@ -1,0 +1,73 @@
+"""Finds the parts of each room by reading its folder, so that adding one means adding a file and nothing else.
+
+Every room keeps its parts in module-level tables (`VARIANTS`, `FAMILIES`, `TOKENIZERS`, `HEADS`, `OBJECTIVES`,
+`SCHEMES`, …). `table("tokenizers", "TOKENIZERS")` imports each file of the room and merges the tables it finds.
+"""
+
+import fnmatch
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from sightline.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published architecture: a family, its settings, and the number that proves them.
+
+    `settings` override the defaults of the family's configuration; `head` those of its head; `preprocess` is the pixel
+    contract its published weights expect. `parameters` is the exact count with `num_classes` outputs, asserted by the
+    contract tests.
+    """
+
+    family: str
+    parameters: int
+    paper: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    head: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int = 1000
+    sources: tuple[str, ...] = ()
+
+
+@cache
+def table(room: str, name: str) -> Mapping[str, Any]:
+    """All entries of the tables called `name` in the files of `sightline.<room>`, in order of file and row.
+
+    Raises AssertionError where two files claim the same entry.
+    """
+    package = importlib.import_module(f"sightline.{room}")
+    merged: dict[str, Any] = {}
+    for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        entries = getattr(importlib.import_module(f"sightline.{room}.{module.name}"), name, {})
+        clash = merged.keys() & entries.keys()
+        assert not clash, f"{room}/{module.name}.py repeats {name} entries of another file: {sorted(clash)}"
+        merged.update(entries)
+    return MappingProxyType(merged)
+
+
+def find(room: str, name: str, key: str, what: str) -> Any:
+    """The entry `key` of a room's table; an unknown key is the user's fault and is answered with near names."""
+    entries = table(room, name)
+    if key not in entries:
+        raise UserError(f"unknown {what} '{key}'.{suggest(key, entries)} Known: {', '.join(sorted(entries)[:12])} …")
+    return entries[key]
+
+
+def variants(pattern: str = "*") -> dict[str, Variant]:
+    """The rows of every `VARIANTS` table whose name matches a shell pattern, in natural order of names."""
+    rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS")}
+    return {name: rows[name] for name in sorted(fnmatch.filter(rows, pattern))}
+
+
+def variant(name: str) -> Variant:
+    """The row called `name`. Raises UserError with near names where there is none."""
+    rows = variants()
+    if name not in rows:
+        raise UserError(f"unknown model '{name}'.{suggest(name, rows)} `sightline models` lists all {len(rows)}.")
+    return rows[name]

@@ -1,0 +1,66 @@
+"""The model card: what a stranger has to know before using the model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sightline.checkpoints.atomic import write_atomic
+from sightline.errors import printable
+
+_CARD = """---
+library_name: sightline
+pipeline_tag: image-classification
+tags: [vision-transformer, image-classification]
+---
+# {name}
+
+An image classifier trained with Sightline {version} on `{source}`.
+
+| | |
+|---|---|
+| top-1 accuracy, held out | {top1:.2%} ({evaluated:,} images, {refused} refused) |
+| top-5 accuracy, held out | {top5:.2%} |
+| training images | {train:,} |
+| classes | {classes} |
+| recipe | {recipe}, seed {seed}, {seconds:.0f} s |
+| data fingerprint | `{fingerprint}` |
+
+## Use
+
+```python
+import sightline
+
+model = sightline.load("{folder}")
+print(model.predict(["image.jpg"])[0].label)
+```
+
+Pixels are prepared as `config.json` says; the same code prepares them in training, evaluation and prediction.
+
+## Limits
+
+It knows these classes and no others, and answers with one of them for any image: {labels}.
+The held-out images come from the same source as the training images; on images of another source expect less.
+"""
+
+
+def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Writes `README.md` of a model directory from its run record."""
+    shown = [printable(label, 40) for label in labels[:50]]
+    text = _CARD.format(
+        name=printable(folder.name),
+        folder=printable(folder.name),
+        version=record["environment"]["packages"]["sightline"],
+        source=printable(record["data"]["source"]),
+        top1=record["metrics"]["top1"],
+        top5=record["metrics"]["top5"],
+        evaluated=record["counts"]["evaluated"],
+        refused=record["counts"]["refused"],
+        train=record["data"]["train"],
+        classes=record["data"]["classes"],
+        recipe=record["recipe"]["name"],
+        seed=record["seed"],
+        seconds=record["seconds"]["train"],
+        fingerprint=record["data"]["fingerprint"]["train"][:16],
+        labels=", ".join(shown) + (f" and {len(labels) - 50} more" if len(labels) > 50 else ""),
+    )
+    write_atomic(folder / "README.md", text.encode())

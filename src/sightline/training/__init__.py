@@ -1,0 +1,1 @@
+"""A run to trained weights: loop, schedule, optimiser, journal."""

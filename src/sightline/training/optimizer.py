@@ -1,0 +1,50 @@
+"""The optimiser and its groups: what is decayed, and how fast each layer learns."""
+
+import torch
+from torch import nn
+
+from sightline.network import Network
+from sightline.training.settings import Settings
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to kernels, not to biases, norms, scales, tokens or position tables."""
+    return parameter.ndim >= 2 and name.endswith("weight")
+
+
+def groups(objective: nn.Module, network: Network, settings: Settings) -> list[dict]:
+    """Parameters by decay and layer: `scale` is each group's factor on the learning rate.
+
+    The factor is `layer_decay` to the power of the layers that still follow (arXiv 2106.08254, appendix H); what
+    belongs to the objective alone (a decoder, a projector) learns at the full rate.
+    """
+    backbone = {id(p): name for name, p in network.backbone.named_parameters()}
+    last = network.backbone.depth + 1
+    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            layer = network.backbone.layer_of(backbone[id(parameter)]) if id(parameter) in backbone else last
+            found.setdefault((layer, decays(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+            "scale": settings.layer_decay ** (last - layer),
+        }
+        for (layer, decayed), parameters in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def build(objective: nn.Module, network: Network, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), or SGD with momentum as the paper fine-tunes."""
+    parameters = groups(objective, network, settings)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum)
+    fused = all(p.is_floating_point() for g in parameters for p in g["params"])
+    return torch.optim.AdamW(parameters, lr=settings.lr, betas=(settings.momentum, settings.beta2), fused=fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]

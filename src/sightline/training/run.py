@@ -1,0 +1,80 @@
+"""A run on disk: its folder, its record, and the lock that keeps others out."""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sightline.checkpoints.atomic import write_atomic
+from sightline.checkpoints.files import read_json
+from sightline.errors import UserError, printable
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run. `run.json` says what the run is from its first moment on."""
+
+    path: Path
+
+    @property
+    def record_file(self) -> Path:
+        """The run record."""
+        return self.path / "run.json"
+
+    def read(self) -> dict[str, Any]:
+        """The record of a run begun earlier. Raises UserError where there is none."""
+        if not self.record_file.is_file():
+            raise UserError(f"{printable(self.path)} holds no run to resume: there is no run.json")
+        return read_json(self.record_file)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Replaces the record."""
+        write_atomic(self.record_file, json.dumps(record, indent=1).encode())
+
+    def require_fresh(self) -> None:
+        """Raises UserError where the folder holds anything that a new run could overwrite."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{printable(self.path)} is a file; choose another folder with --out")
+        if self.path.is_dir() and any(item.name != ".lock" for item in self.path.iterdir()):
+            raise UserError(
+                f"{printable(self.path)} is not empty; choose another folder with --out, or go on with --resume"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Holds a folder for one run. Raises UserError where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            where = printable(folder)
+            raise UserError(f"another run is at work in {where}; wait for it, or choose another --out") from fault
+        yield
+    finally:
+        os.close(handle)
+
+
+def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What a run depends on besides its settings: versions, processor, arithmetic."""
+    packages = ("sightline", "torch", "torchvision", "numpy", "pillow")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }

@@ -1,0 +1,87 @@
+"""One update of the weights from one global batch."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sightline.layers.encoder import rows_of
+from sightline.objectives.objective import Objective
+from sightline.training import optimizer as optimizers
+from sightline.training.distributed import World
+from sightline.training.settings import Settings
+from sightline.types import Batch
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did: the loss and further figures of this process's part, and the norm of the gradient."""
+
+    loss: float
+    figures: dict[str, float]
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient was finite and the weights moved."""
+        return math.isfinite(self.norm)
+
+
+class Updater:
+    """Forward, backward, clip and step, over micro-batches and processes, in the chosen arithmetic.
+
+    Randomness inside the network follows from (seed, step) alone, and stochastic depth from the place of each sample
+    in the global batch: neither the number of processes nor that of micro-batches changes it.
+    """
+
+    def __init__(self, objective: Objective, settings: Settings, world: World, precision: torch.dtype):
+        self.settings, self.world, self.precision = settings, world, precision
+        self.objective = objective
+        self.optimizer = optimizers.build(objective, objective.network, settings)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
+        self.model: nn.Module = world.wrap(torch.compile(objective) if settings.compile else objective)
+
+    def __call__(self, batch: Batch, step: int, lr: float) -> Update:
+        """Moves the weights once by the gradient of the global batch, of which `batch` is this process's part.
+
+        Every sample weighs the same, however many of them each process has. The weights stay where the gradient is not
+        finite.
+        """
+        optimizers.set_rate(self.optimizer, lr)
+        mine = len(batch.index)
+        start, whole = mine * self.world.rank, mine * self.world.size
+        weight = mine * self.world.size / self.world.sum(mine)  # gradients are averaged over processes
+        size = self.settings.micro_batch or mine
+        size += size % 2  # pairs of neighbours are mixed with each other and stay together
+        loss, figures = torch.zeros((), device=self.world.device), {}
+        for begin in range(0, mine, size):
+            part = Batch(*(field[begin : begin + size] for field in batch)).to(self.world.device)
+            share = len(part.index) / mine
+            torch.manual_seed((self.settings.seed << 32) + step)
+            with rows_of(start + begin, whole), self._alone(begin + size < mine):
+                with self._autocast():
+                    result = self.model(part)
+                self.scaler.scale(result.loss * share * weight).backward()
+            loss += result.loss.detach() * share
+            for name, value in result.metrics.items():
+                figures[name] = figures.get(name, 0.0) + float(value) * share
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip_grad or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.objective.parameters(), limit))
+        if math.isfinite(norm) or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips by itself where a scaled gradient overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(float(loss), figures, norm)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.world.device.type, dtype=self.precision if enabled else None, enabled=enabled)
+
+    def _alone(self, more: bool) -> AbstractContextManager:
+        """Keeps gradients in this process while more micro-batches follow: they travel once, with the last."""
+        if more and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()

@@ -1,0 +1,21 @@
+"""Every annotation of every public tensor function is checked at run time while the tests run."""
+
+import os
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect; the loopback hub lifts this by itself
+settings.register_profile("shared", deadline=None)  # a machine under load is no failure
+settings.load_profile("shared")
+install_import_hook("sightline", "beartype.beartype")
+
+import torch  # noqa: E402  (the hook has to stand before anything imports sightline)
+
+torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
