@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect; the loopback hub lifts this by itself
 settings.register_profile("shared", deadline=None)  # a machine under load is no failure
 settings.load_profile("shared")
-install_import_hook("sightline", "beartype.beartype")
+install_import_hook("sightline", "typecheck.check")
 
 import torch  # noqa: E402  (the hook has to stand before anything imports sightline)
 

@@ -66,14 +66,13 @@ def test_a_rate_is_a_share(sched, warmup, floor, progress):
 
 @given(st.integers(1, 10_000), st.lists(st.floats(0.001, 10), min_size=1, max_size=8))
 def test_a_plan_made_anew_never_turns_back(total, speeds):
-    plan, seconds, step = Plan(total), 0.0, 0
-    for speed in speeds:
-        if step + 1 >= plan.total:
+    plan, seconds = Plan(total), 0.0
+    for step, speed in enumerate(speeds, start=1):
+        if step >= plan.total:
             break
-        before = plan.at(step)
-        step += 1
+        before = plan.at(step - 1)
         seconds += speed
-        plan = plan.replan(step, seconds, 100.0)
+        plan = plan.replan(step, 100.0 - seconds, seconds / step)
         assert before <= plan.at(step) <= 1
         assert plan.total > step
     assert plan.at(plan.total) == pytest.approx(1)
@@ -244,9 +243,8 @@ def test_micro_batches_change_nothing_but_rounding(undisturbed, tmp_path):
 def test_two_processes_learn_what_one_does(undisturbed, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
     command += ["-m", "sightline", "train", "builtin:digits", "--out", str(tmp_path / "two"), "--device", "cpu"]
-    flags = {**hard(), **hard()["network"]}
-    for name in ("network",):
-        flags.pop(name)
+    flags = hard() | hard()["network"]
+    del flags["network"]
     for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -259,13 +257,12 @@ def test_two_processes_learn_what_one_does(undisturbed, tmp_path):
 
 def test_a_run_by_the_clock_keeps_to_it(tmp_path):
     began = time.monotonic()
-    done = train(
-        "builtin:digits", out=tmp_path / "clock", minutes=0.1, **{k: v for k, v in QUICK.items() if k != "epochs"}
-    )
-    assert done.seconds["train"] == pytest.approx(6, abs=2.5)
+    done = train("builtin:digits", out=tmp_path / "clock", minutes=0.15, **QUICK)
+    assert done.seconds["train"] == pytest.approx(9, abs=4)
     assert time.monotonic() - began < 60
     record = read(done.directory / "metrics.jsonl")
     rates = [r["lr"] for r in record if "lr" in r]
+    assert max(rates) > 1e-4
     assert rates[-1] < 0.1 * max(rates)  # the schedule came to its end
 
 
@@ -294,10 +291,7 @@ def test_fine_tuning_starts_from_the_weights_and_an_undecided_head(undisturbed, 
     done = train("builtin:digits", weights=undisturbed, out=tmp_path / "fine", **settings)
     assert losses(done.directory)[0] == pytest.approx(math.log(10), abs=0.15)
     ours, theirs = load_file(done.directory / "model.safetensors"), load_file(undisturbed / "model.safetensors")
-    torch.testing.assert_close(
-        ours["backbone.norm.weight"] if "backbone.norm.weight" in ours else ours["head.norm.weight"],
-        theirs["backbone.norm.weight"] if "backbone.norm.weight" in theirs else theirs["head.norm.weight"],
-    )
+    torch.testing.assert_close(ours["head.norm.weight"], theirs["head.norm.weight"])
 
 
 def test_the_published_recipe_at_a_higher_resolution(undisturbed, tmp_path):

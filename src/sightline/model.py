@@ -1,17 +1,19 @@
 """A model as its owner holds it: a network, the pixels it expects, and the names of its classes."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from sightline.checkpoints.directory import write_model
 from sightline.checkpoints.load import load_bundle
 from sightline.device import pick_device, pick_precision
-from sightline.errors import UserError
+from sightline.errors import UserError, printable
 from sightline.explanation.explain import Explanation, explain
 from sightline.images.decode import Source
 from sightline.images.preprocess import Preprocess
@@ -48,7 +50,7 @@ class Model:
         answers = []
         for answer in self.predictor(top=top, **settings).predict(_several(sources)):
             if answer.prediction is None:
-                raise UserError(str(answer.error))
+                raise UserError(f"{printable(answer.path)}: {answer.error}")
             answers.append(answer.prediction)
         return answers
 
@@ -67,7 +69,8 @@ class Model:
 
 
 def _several(sources: Iterable[Source]) -> Iterable[Source]:
-    if isinstance(sources, (str, bytes, Path)):
+    one = isinstance(sources, (str, os.PathLike, bytes, bytearray, Image.Image))
+    if one or getattr(sources, "ndim", 4) < 4:
         raise UserError("predict and embed take a list of images, even for one: model.predict(['cat.jpg'])")
     return sources
 
@@ -90,4 +93,3 @@ def load(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     bundle = load_bundle(source, architecture=architecture, image_size=size, num_classes=num_classes, **overrides)
     return Model(bundle.network, bundle.preprocess, bundle.labels, bundle.task, bundle.coverage)
-

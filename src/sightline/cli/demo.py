@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,14 @@ def arguments(parser: Any) -> None:
 def run(request: argparse.Namespace) -> int:
     """Runs the whole path, and prints what came out."""
     from sightline.recipes.demo import demo
+    from sightline.training.signals import Interrupted
 
-    result = demo(Path(request.out), request.seed, request.epochs, request.device, quiet=request.quiet)
+    try:
+        result = demo(Path(request.out), request.seed, request.epochs, request.device, quiet=request.quiet)
+    except Interrupted as stop:
+        again = shlex.join(["sightline", "train", "builtin:digits", "--out", request.out, "--resume"])
+        print(f"sightline: {stop}. Go on with: {again}", file=sys.stderr)
+        return stop.status
     if request.json:
         print(json.dumps(result.to_json()))
         return 0

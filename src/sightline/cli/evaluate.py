@@ -40,11 +40,11 @@ def run(request: argparse.Namespace) -> int:
     )
     for name, reason in result.refused:
         print(f"refused {printable(name)}: {printable(reason)}", file=sys.stderr)
+    for note in () if request.quiet else result.notes:
+        print(printable(note), file=sys.stderr)
     if request.json:
         print(json.dumps(result.to_json()))
         return 0
-    for note in result.notes:
-        print(note, file=sys.stderr)
     print(f"top-1 {result.metrics['top1']:.2%}  top-5 {result.metrics['top5']:.2%}  of {result.counts['evaluated']:,}")
     if result.refused:
         print(f"{len(result.refused)} images could not be read and count as wrong")

@@ -30,10 +30,12 @@ def run(request: argparse.Namespace) -> int:
     from sightline.inference.predictor import Answer
     from sightline.model import load
 
-    if request.layers is not None and min(request.layers) < 1:
-        raise UserError(f"layers are counted from 1, and {min(request.layers)} was asked for")
-    layers = None if request.layers is None else [layer - 1 for layer in request.layers]
     model = load(request.model, architecture=request.architecture)
+    depth = model.network.backbone.depth
+    for layer in request.layers or ():
+        if not 1 <= layer <= depth:
+            raise UserError(f"there is no layer {layer}: the model has {depth}, counted from 1")
+    layers = None if request.layers is None else [layer - 1 for layer in request.layers]
     predictor = model.predictor(device=request.device, precision=request.precision)
     sources = list(expand(request.images))
     names = folder_names(s.path if isinstance(s, Answer) else s for s in sources)
@@ -42,7 +44,7 @@ def run(request: argparse.Namespace) -> int:
         (answer,) = predictor.predict([source])
         if answer.prediction is None:
             results.append({"path": answer.path, "error": answer.error})
-            print(f"{printable(answer.path)}: {answer.error}", file=sys.stderr)
+            print(f"{printable(answer.path)}: {printable(answer.error)}", file=sys.stderr)
             continue
         folder = Path(request.out) / name
         _, page = explain_image(

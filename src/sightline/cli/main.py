@@ -9,14 +9,17 @@ import importlib
 import os
 import pkgutil
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
 from types import ModuleType
 from typing import Any, NoReturn
 
 import sightline
 import sightline.cli
-from sightline.errors import UserError, WorkError, suggest
+from sightline.errors import UserError, WorkError, printable, suggest
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,13 +29,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
     def error(self, message: str) -> NoReturn:
-        if unknown := re.search(r"unrecognized arguments: (\S+)", message):
-            message = f"unknown option {unknown[1]}."
-            known = [*self._option_string_actions]
-            message += suggest(unknown[1].split("=")[0], known)
-        elif choice := re.search(r"argument VERB: invalid choice: '(.*?)'", message):
+        if choice := re.search(r"argument VERB: invalid choice: '(.*?)'", message):
             message = f"unknown verb '{choice[1]}'.{suggest(choice[1], verbs())}"
         self.exit(2, f"sightline: {message}\n`{self.prog} --help` shows what it takes.\n")
+
+    def refuse(self, word: str) -> NoReturn:
+        """Ends with a complaint about a word that nothing takes."""
+        kind = "unknown option" if word.startswith("-") else "one argument too many:"
+        self.error(f"{kind} {printable(word)}.{suggest(word.split('=')[0], self._option_string_actions)}")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -50,22 +54,47 @@ def verbs() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and leaves with its status: 0 done, 1 tried and failed, 2 the request or input is at fault."""
     words = [_hyphens(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without some letter is no reason to stop
     request = _parse(words)
     try:
-        status = request.verb.run(request) or 0
-        sys.stdout.flush()
+        with _terminable():
+            status = request.verb.run(request) or 0
+            sys.stdout.flush()
     except (UserError, WorkError) as fault:
         if request.debug:
             raise
         _complain(str(fault))
         status = fault.status
-    except KeyboardInterrupt:
-        _complain("stopped")
-        status = 130
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+        _complain(f"stopped by {number.name}; what was finished is kept, and the same command begins anew")
+        status = 128 + number
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except Exception as fault:
+        if request.debug:
+            raise
+        cause = f"{fault.filename}: {fault.strerror}" if isinstance(fault, OSError) and fault.filename else str(fault)
+        _complain(f"{type(fault).__name__}: {printable(cause, 500)}. This was not foreseen; --debug shows where it is")
+        status = 1
     raise SystemExit(status)
+
+
+@contextmanager
+def _terminable() -> Generator[None]:
+    """SIGTERM ends a command as Ctrl-C does: files are closed whole, and the last line says what it was."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -79,9 +108,11 @@ def _parse(words: list[str]) -> argparse.Namespace:
     for verb, name in verbs().items():
         module = importlib.import_module(f"sightline.cli.{name}")
         _add(subparsers, verb, module)
+    if "" in words:
+        parser.error("one of the arguments is empty; was a variable not set?")
     request, rest = parser.parse_known_args(words)
     if rest:
-        request.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        request.parser.refuse(rest[0])
     return request
 
 

@@ -15,13 +15,15 @@ def arguments(parser: Any) -> None:
 
 def run(request: argparse.Namespace) -> None:
     """Prints the table, or the same as JSON."""
-    from sightline.errors import UserError, suggest
+    from sightline.errors import UserError, printable, suggest
     from sightline.network import count_macs, describe
     from sightline.registry import variants
 
     rows = variants(request.pattern)
     if not rows:
-        raise UserError(f"no model matches '{request.pattern}'.{suggest(request.pattern, variants())}")
+        wider = f"*{request.pattern}*"
+        near = f" Did you mean '{wider}'?" if variants(wider) else suggest(request.pattern, variants())
+        raise UserError(f"no model matches '{printable(request.pattern)}'.{near}")
     table = []
     for name, row in rows.items():
         architecture = describe(name)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -74,12 +75,18 @@ def run(request: argparse.Namespace) -> int:
             **settings,
         )
     except Interrupted as stop:
-        out = f"--out {request.out} " if request.out else ""
-        print(f"sightline: {stop}. Go on with: sightline train {request.data} {out}--resume", file=sys.stderr)
+        if _speaks():
+            words = ["sightline", "train", request.data, *(["--out", request.out] if request.out else []), "--resume"]
+            print(f"sightline: {stop}. Go on with: {shlex.join(words)}", file=sys.stderr)
         return stop.status
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us, and one speaks
+    if _speaks():
         report(trained, request.json)
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this is the process that speaks, where torchrun starts several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def report(trained: Any, as_json: bool) -> None:

@@ -67,6 +67,6 @@ def _clear(out: Path) -> None:
     """Removes an earlier demo. Raises UserError where the folder is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "run.json").is_file() or "builtin:digits" not in (out / "run.json").read_text(encoding="utf-8"):
+    if not (out / "run.json").is_file() or "builtin:digits" not in (out / "run.json").read_text(errors="replace"):
         raise UserError(f"{printable(out)} exists and is no earlier demo; choose another folder with --out")
     shutil.rmtree(out)

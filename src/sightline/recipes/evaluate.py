@@ -1,5 +1,6 @@
 """A model weighed on labelled images."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,15 @@ from sightline.device import pick_device, pick_precision
 from sightline.errors import UserError
 from sightline.evaluation.accuracy import accuracy
 from sightline.model import load
+from sightline.schema import require
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation found. Refused images stand in the denominator of every metric."""
+    """What an evaluation found. Refused images stand in the denominator of every metric.
+
+    `report` is the page about the model's own training, where there is one.
+    """
 
     model: str
     task: str
@@ -30,6 +35,7 @@ class Evaluated:
     labels: Sequence[str]
     refused: Sequence[tuple[str, str]]
     notes: Sequence[str]
+    report: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The document of `evaluate --json`."""
@@ -39,6 +45,7 @@ class Evaluated:
             "metrics": dict(self.metrics),
             "counts": dict(self.counts),
             "seconds": dict(self.seconds),
+            "report": self.report,
             "labels": list(self.labels),
             "per_class": [dict(row) for row in self.per_class],
             "confusion": [list(row) for row in self.confusion],
@@ -62,11 +69,11 @@ def evaluate(
     Where the data has no such part, it is held out as in the model's own training: by the same `seed`. The classes of
     the data must be those of the model, by name; their order on disk does not matter. Raises UserError otherwise.
     """
-    import time
-
+    require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
+    require(workers >= 0, f"workers must not be negative, and is {workers}")
     model = load(source, architecture=architecture)
     where = pick_device(device)
-    record = Path(source) / "run.json"
+    record, report = Path(source) / "run.json", Path(source) / "report.html"
     if seed is None:
         seed = int(read_json(record).get("seed", 0)) if record.is_file() else 0
     splits = open_dataset(data, seed=seed)
@@ -96,6 +103,7 @@ def evaluate(
         model.labels,
         counts.refused,
         splits.notes,
+        str(report) if report.is_file() else None,
     )
 
 

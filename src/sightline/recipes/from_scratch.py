@@ -72,5 +72,5 @@ def _resolution(side: int) -> tuple[int, int]:
 
 def _variation(small: bool) -> Augment:
     if small:
-        return Augment(degrees=10, translate=0.06, zoom=(0.9, 1.1), shear=5)
+        return Augment(degrees=10.0, translate=0.06, zoom=(0.9, 1.1), shear=5.0)
     return Augment(crop="resized", crop_scale=(0.5, 1.0), brightness=0.2, contrast=0.2, saturation=0.2)

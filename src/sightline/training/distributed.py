@@ -36,7 +36,7 @@ class World:
         """The sum of a count over all processes, at every process."""
         if self.size == 1:
             return count
-        total = torch.tensor(count, device=self.device)
+        total = torch.tensor(int(count), device=self.device)
         dist.all_reduce(total)
         return int(total)
 

@@ -2,10 +2,10 @@
 
 import json
 import sys
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -14,31 +14,31 @@ class Journal:
 
     `metrics.jsonl` holds only what follows from the data and the seed, so that a resumed run writes the same file as
     an undisturbed one; times and speeds go to TensorBoard and the display. `kept` is the number of the last step whose
-    figures stay when a run is resumed.
+    figures stay when a run is resumed. Without a directory it writes nothing: of many processes, one keeps the journal.
     """
 
     def __init__(
-        self, directory: Path, *, total: int, kept: int = 0, quiet: bool = False, stream: TextIO | None = None
+        self, directory: Path | None, *, total: int, kept: int = 0, quiet: bool = False, stream: IO[str] | None = None
     ):
-        self.path = directory / "metrics.jsonl"
         self.stream = stream or sys.stderr
-        self.started = time.monotonic()
-        _keep_until(self.path, kept)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.events = _tensorboard(directory, kept)
-        self.live = not quiet and self.stream.isatty()
-        self.quiet = quiet
-        columns = ("[bold]{task.description}", "{task.fields[loss]}", "{task.fields[speed]}")
+        self.file, self.events = None, None
+        if directory is not None:
+            path = directory / "metrics.jsonl"
+            _keep_until(path, kept)
+            self.file = path.open("a", encoding="utf-8")
+            self.events = _tensorboard(directory, kept)
+        self.quiet = quiet or directory is None
+        self.live = not self.quiet and self.stream.isatty()
         self.progress = Progress(
-            TextColumn(columns[0]),
+            TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(columns[1]),
-            TextColumn(columns[2]),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             disable=not self.live,
-            console=_console(self.stream),
+            console=Console(file=self.stream),
             transient=True,
         )
         self.task = self.progress.add_task("training", total=total, completed=kept, loss="", speed="")
@@ -46,8 +46,9 @@ class Journal:
 
     def record(self, step: int, **figures: Any) -> None:
         """Appends one line of figures to `metrics.jsonl`, and the scalars among them to TensorBoard."""
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.file.flush()
         self.scalars(step, **figures)
 
     def scalars(self, step: int, **figures: Any) -> None:
@@ -73,7 +74,8 @@ class Journal:
     def close(self) -> None:
         """Ends the display and closes the files."""
         self.progress.stop()
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.events is not None:
             self.events.close()
 
@@ -92,17 +94,10 @@ def _keep_until(path: Path, step: int) -> None:
 
 def _tensorboard(directory: Path, kept: int) -> Any:
     try:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: F401
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None  # an optional extra: metrics.jsonl holds the same figures
     return SummaryWriter(str(directory), purge_step=kept + 1 if kept else None)
-
-
-def _console(stream: TextIO) -> Any:
-    from rich.console import Console
-
-    return Console(file=stream)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

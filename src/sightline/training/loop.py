@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ CLOCK_LOOKS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9)
 
 FIRST_LOOK = 10
 """Steps after which a run by the clock is planned for the first time."""
+
+SLOW_START = 3
+"""Steps that say nothing of a run's pace: caches are cold and worker processes begin."""
 
 INFINITE_LIMIT = 5
 """Updates in a row that may be left out because the gradient is not finite."""
@@ -85,16 +89,16 @@ class Loop:
         by_epochs = max(round(self.settings.epochs * task.steps_per_epoch), 1)
         self.state = State(Plan(by_epochs if self.settings.minutes is None else 10**9))
         passed = self._resume() if resume else []
-        self.journal = Journal(
-            directory, total=self.state.plan.total, kept=self.state.step, quiet=quiet or not world.first
-        )
+        kept = directory if world.first else None
+        self.journal = Journal(kept, total=self.state.plan.total, kept=self.state.step, quiet=quiet)
         for words in passed:
             self.journal.say(f"passed over a checkpoint: {words}")
+        self.pace_from: tuple[int, float] | None = None
         self.began, self.saved = time.monotonic() - self.state.seconds, time.monotonic()
 
     def run(self) -> Outcome:
         """Runs to the end of the plan. Raises Interrupted after a signal, WorkError where gradients stay infinite."""
-        with listening() as request:
+        with closing(self.journal), listening() as request:
             ended = self.state.step >= self.state.plan.total
             for step, batch, refused in () if ended else self.task.batches(self.state.step):
                 self._refuse(refused)
@@ -116,7 +120,6 @@ class Loop:
                     self._keep()
                 if ended:
                     break
-        self.journal.close()
         return self._outcome()
 
     def _update(self, batch: Batch, step: int, progress: float) -> Update:
@@ -144,19 +147,21 @@ class Loop:
         loss = sum(part for part, _ in parts) / len(parts)
         figures = {name: sum(part[name] for _, part in parts) / len(parts) for name in update.figures}
         lr = self.settings.lr * rate(self.settings, progress)
-        if self.world.first:
-            epoch = step / self.task.steps_per_epoch
-            self.journal.record(step + 1, epoch=epoch, loss=loss, **figures, lr=lr, grad_norm=update.norm)
-            speed = self.settings.batch_size * (step + 1) / self.state.seconds
-            self.journal.scalars(step + 1, images_per_second=speed)
-            self.journal.advance(step + 1, self.state.plan.total, loss, speed)
+        epoch = step / self.task.steps_per_epoch
+        self.journal.record(step + 1, epoch=epoch, loss=loss, **figures, lr=lr, grad_norm=update.norm)
+        speed = self.settings.batch_size * (step + 1) / self.state.seconds
+        self.journal.scalars(step + 1, images_per_second=speed)
+        self.journal.advance(step + 1, self.state.plan.total, loss, speed)
 
     def _replan(self, before: float) -> None:
-        budget = 60 * (self.settings.minutes or 0)
-        now = self.state.plan.at(self.state.step)
-        looked = any(before < share <= now for share in CLOCK_LOOKS)
-        if looked or self.state.step == FIRST_LOOK:
-            plan = self.state.plan.replan(self.state.step, self.state.seconds, budget)
+        step, seconds = self.state.step, self.state.seconds
+        if self.pace_from is None and step % FIRST_LOOK == SLOW_START:
+            self.pace_from = (step, seconds)
+        now = self.state.plan.at(step)
+        looked = any(before < share <= now for share in CLOCK_LOOKS) or step == FIRST_LOOK
+        if looked and self.pace_from is not None and step > self.pace_from[0]:
+            pace = (seconds - self.pace_from[1]) / (step - self.pace_from[0])
+            plan = self.state.plan.replan(step, 60 * (self.settings.minutes or 0) - seconds, pace)
             self.state.plan = self.world.agree(plan)
 
     def _due(self) -> bool:
@@ -174,17 +179,15 @@ class Loop:
         gained = self.state.metrics[self.task.score] > self.state.best
         self.state.best = max(self.state.best, self.state.metrics[self.task.score])
         self.state.stale = 0 if gained else self.state.stale + 1
-        if self.world.first:
-            epoch = self.state.step / self.task.steps_per_epoch
-            named = {f"val_{name}": value for name, value in self.state.metrics.items()}
-            self.journal.record(self.state.step, epoch=epoch, **named)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
-            left = self.state.seconds / self.state.step * (self.state.plan.total - self.state.step)
-            self.journal.say(
-                f"epoch {epoch:.4g}  step {self.state.step}/{self.state.plan.total}  {shown}  {left:.0f} s left"
-            )
-            if gained and self.settings.patience is not None:
-                self.best.save(self.state, {f"network.{k}": v for k, v in kept.state_dict().items()})
+        epoch = self.state.step / self.task.steps_per_epoch
+        named = {f"val_{name}": value for name, value in self.state.metrics.items()}
+        self.journal.record(self.state.step, epoch=epoch, **named)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
+        left = self.state.seconds / self.state.step * (self.state.plan.total - self.state.step)
+        total = self.state.plan.total
+        self.journal.say(f"epoch {epoch:.4g}  step {self.state.step}/{total}  {shown}  {left:.0f} s left")
+        if gained and self.settings.patience is not None and self.world.first:
+            self.best.save(self.state, {f"network.{k}": v for k, v in kept.state_dict().items()})
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
 
     def _refuse(self, refused: list[tuple[str, str]]) -> None:
@@ -201,7 +204,6 @@ class Loop:
     def _leave_if_asked(self, request: Request) -> None:
         if self._listens() and (number := max(self.world.gather(request.number))):
             self._keep()
-            self.journal.close()
             raise Interrupted(number, self.state.step)
 
     def _keep(self) -> None:

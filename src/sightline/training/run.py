@@ -54,7 +54,7 @@ class RunFolder:
 def locked(folder: Path) -> Generator[None]:
     """Holds a folder for one run. Raises UserError where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,7 +39,6 @@ class Plan:
         """Progress in [0, 1) at the start of a step."""
         return self.progress + (1 - self.progress) * (step - self.step) / max(self.total - self.step, 1)
 
-    def replan(self, step: int, seconds: float, budget: float) -> "Plan":
-        """The plan for what is left of `budget` seconds after `step` steps took `seconds`."""
-        left = max(int((budget - seconds) / (seconds / step)), 1)
-        return Plan(step + left, step, self.at(step))
+    def replan(self, step: int, left: float, pace: float) -> "Plan":
+        """The plan from `step` on, for `left` seconds at `pace` seconds a step."""
+        return Plan(step + max(int(left / pace), 1), step, self.at(step))

@@ -1,0 +1,143 @@
+"""Our own model directory: `config.json` says everything, `model.safetensors` holds the weights."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sightline.checkpoints.atomic import write_atomic
+from sightline.checkpoints.files import safetensors_of
+from sightline.checkpoints.measure import refuse_other
+from sightline.checkpoints.rules import Found, Rule, save
+from sightline.checkpoints.scheme import Bundle, Content, Coverage, Reading, Request, Scheme, Stored
+from sightline.checkpoints.skeleton import shapes
+from sightline.errors import UserError, printable
+from sightline.images.preprocess import Preprocess
+from sightline.network import Architecture, Network
+from sightline.schema import require
+
+_VERSION = 1
+_KEYS = ("format", "version", "task", "architecture", "labels", "preprocess", "versions")
+_MOST_CELLS = 2**24
+"""Limit on what is computed from a configuration instead of stored: cells of fixed and relative position tables."""
+
+
+class Sightline(Scheme):
+    """The names of the parameters themselves."""
+
+    def recognises(self, stored: Stored) -> bool:
+        if stored.config is not None:
+            return stored.config.get("format") == "sightline"
+        return any(name.startswith("backbone.encoder.blocks.") for name in stored.contents.tensors)
+
+    def read(self, stored: Stored, request: Request) -> Reading:
+        where, config = stored.where, stored.config
+        if config is None:
+            raise UserError(
+                f"{where} is the weights file of a model directory; name the directory, with its config.json"
+            )
+        for key in config.keys() ^ set(_KEYS):
+            state = "unknown" if key in config else "missing"
+            raise UserError(f"{where}: '{printable(key)}' in config.json is {state}")
+        require(
+            config["version"] == _VERSION, f"{where} has version {printable(config['version'])}; {_VERSION} is read"
+        )
+        architecture = Architecture.from_json(config["architecture"], f"{where}: architecture")
+        refuse_other(architecture, request, where)
+        require(config["task"] == architecture.task, f"{where}: 'task' is not that of the architecture")
+        _refuse_excess(architecture, len(stored.contents.tensors), where)
+        labels = _labels(config["labels"], architecture, where)
+        preprocess = _preprocess(config["preprocess"], where)
+        found = Found(where, stored.contents.tensors)
+        return Reading(architecture, self.rules(architecture), found, preprocess, labels)
+
+    def rules(self, architecture: Architecture) -> list[Rule]:
+        return _identity(shapes(architecture))
+
+    def refusals(self, architecture: Architecture, out: Path) -> list[str]:
+        return []
+
+    def remarks(self, bundle: Bundle, out: Path) -> list[str]:
+        return []
+
+    def files(self, bundle: Bundle, tensors: Mapping[str, Tensor], out: Path) -> dict[Path, Content]:
+        config = {
+            "format": "sightline",
+            "version": _VERSION,
+            "task": bundle.task,
+            "architecture": bundle.architecture.to_json(),
+            "labels": list(bundle.labels),
+            "preprocess": {**bundle.preprocess.to_json(), "fingerprint": bundle.preprocess.fingerprint},
+            "versions": {name: version(name) for name in ("sightline", "torch")},
+        }
+        return {
+            out / "model.safetensors": safetensors_of(tensors),
+            out / "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+        }
+
+
+def write_model(
+    directory: Path,
+    network: Network,
+    preprocess: Preprocess,
+    labels: Sequence[str],
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Writes a model directory, `config.json` last, each file replacing an older one whole; returns the directory.
+
+    `extra` are further files by their names (the model card, the run record). Raises WorkError where the disk refuses.
+    """
+    bundle = Bundle(network, preprocess, tuple(labels), Coverage(()))
+    tensors = save(_identity(network.state_dict()), network.state_dict())
+    files = SCHEMES["sightline"].files(bundle, tensors, directory)
+    first = {directory / name: content for name, content in (extra or {}).items()}
+    for path, content in {**first, **files}.items():
+        write_atomic(path, content)
+    return directory
+
+
+def _identity(names: Iterable[str]) -> list[Rule]:
+    return [Rule((name,), (name,)) for name in names]
+
+
+def _preprocess(data: Any, where: str) -> Preprocess:
+    require(isinstance(data, Mapping), f"{where}: 'preprocess' is not an object")
+    settings = {key: value for key, value in data.items() if key != "fingerprint"}
+    try:
+        preprocess = Preprocess.from_json(settings)
+    except UserError as fault:
+        raise UserError(f"{where}: {fault}") from fault
+    require(
+        data.get("fingerprint") == preprocess.fingerprint,
+        f"{where}: the fingerprint of 'preprocess' does not fit its settings; they were changed by hand",
+    )
+    return preprocess
+
+
+def _labels(data: Any, architecture: Architecture, where: str) -> tuple[str, ...]:
+    texts = isinstance(data, list) and all(isinstance(label, str) for label in data)
+    require(texts and len(set(data)) == len(data), f"{where}: 'labels' is not a list of different names")
+    count = getattr(architecture.head, "num_classes", len(data))
+    require(len(data) == count, f"{where}: {len(data)} labels for {count} classes")
+    return tuple(data)
+
+
+def _refuse_excess(architecture: Architecture, tensors: int, where: str) -> None:
+    """A configuration cannot make the reader work or allocate more than its weights account for."""
+    config = architecture.backbone
+    require(
+        getattr(config, "depth", 1) <= max(tensors, 1),
+        f"{where}: {tensors} tensors are too few for {config.depth} layers",
+    )
+    if hasattr(config, "patch_size"):
+        patches = (config.image_size[0] // config.patch_size[0] + 1) * (
+            config.image_size[1] // config.patch_size[1] + 1
+        )
+        cells = {"learned": 0, "none": 0, "relative": patches**2}.get(config.positions, patches * config.embed_dim)
+        require(cells <= _MOST_CELLS, f"{where}: an image of {config.image_size} pixels makes too many patches")
+
+
+SCHEMES: Mapping[str, Scheme] = {"sightline": Sightline()}

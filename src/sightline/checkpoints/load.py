@@ -1,0 +1,202 @@
+"""A checkpoint of any known kind becomes a network that computes what the library that wrote it computes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sightline.checkpoints import hub
+from sightline.checkpoints.files import SUFFIXES, read_json, read_sharded, read_tensors
+from sightline.checkpoints.rules import load
+from sightline.checkpoints.scheme import Bundle, Coverage, Reading, Request, Scheme, Stored, adjusted, numbered
+from sightline.checkpoints.skeleton import shapes, skeleton
+from sightline.errors import UserError, printable
+from sightline.images.preprocess import Preprocess
+from sightline.layers.positions import resample_relative, resample_table
+from sightline.network import Architecture, Network
+from sightline.registry import find, table
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pth",
+)
+_HALF = (0.5, 0.5, 0.5)
+_TABLE, _CLASSIFIER, _PRE_LOGITS = "backbone.place.positions.table", "head.classifier.", "head.pre_logits."
+
+
+def load_bundle(
+    source: str | Path,
+    *,
+    architecture: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    source_size: int | tuple[int, int] | None = None,
+    **overrides: Any,
+) -> Bundle:
+    """A network with its weights, in evaluation mode and float32, and what came beside them.
+
+    `source` is a model directory of ours, of transformers or of timm, a file (`.safetensors`, `.npz`, `.pth`, `.bin`),
+    or `hf:org/name[@revision]`. `architecture` names a registered model where a bare file cannot tell. `image_size`
+    (pixels, one number or (height, width)) resamples the positions by the method of the source; `source_size` says
+    which image size a bare file was made for where its table could be of several grids. Another `num_classes` replaces
+    the classifier with zeros (0 leaves it out). Further settings go by their names (`drop_path_rate`, `norm_eps`, …).
+    Raises UserError, naming file and tensor, for whatever does not fit exactly.
+    """
+    request = Request(architecture, _pair(image_size), _pair(source_size), num_classes, overrides)
+    stored = open_source(source)
+    name, scheme = _scheme_of(stored)
+    reading = _read(scheme, stored, request)
+    state = load(reading.rules, reading.found, shapes(reading.architecture))
+    pairs = tuple(
+        (rule.ours, rule.theirs, tuple(tuple(reading.found.tensors[t].shape) for t in rule.theirs))
+        for rule in reading.rules
+    )
+    notes = [f"read as {name}", *stored.contents.notes, *reading.notes, *_precision(stored)]
+    target, state = _adapted(reading, state, request, notes)
+    network = _filled(target, state)
+    count = getattr(target.head, "num_classes", 0)
+    labels = reading.labels if reading.labels is not None and len(reading.labels) == count else numbered(count)
+    preprocess = _preprocess(reading, target)
+    return Bundle(network, preprocess, labels, Coverage(pairs, reading.found.dropped, tuple(notes)), str(source))
+
+
+def open_source(source: str | Path) -> Stored:
+    """The tensors and JSON files of a source, not yet interpreted. Raises UserError where they cannot be read."""
+    if isinstance(source, str) and source.startswith(hub.PREFIX):
+        return _open_directory(hub.fetch(source), source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        hint = f"; the hub's models are named hf:{source}" if len(path.parts) == 2 and not path.suffix else ""
+        raise UserError(f"there is no file or folder {printable(source)}{hint}")
+    if path.is_dir():
+        return _open_directory(path, printable(path))
+    if path.name.endswith(".index.json"):
+        return Stored(printable(path), read_sharded(path))
+    return Stored(printable(path), read_tensors(path))
+
+
+def _open_directory(folder: Path, where: str) -> Stored:
+    config = folder / "config.json"
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if not config.is_file():
+        hint = f"; name one of its files ({', '.join(SUFFIXES)}) to read that alone" if weights else ""
+        raise UserError(f"{where} has no config.json, so it is no model directory{hint}")
+    settings = read_json(config)
+    if weights is None:
+        raise UserError(f"{where} has no weights ({', '.join(_WEIGHTS)})")
+    processor = folder / "preprocessor_config.json"
+    return Stored(
+        printable(weights) if where == printable(folder) else f"{where} ({weights.name})",
+        read_sharded(weights) if weights.suffix == ".json" else read_tensors(weights),
+        settings,
+        read_json(processor) if processor.is_file() else None,
+    )
+
+
+def _read(scheme: Scheme, stored: Stored, request: Request) -> Reading:
+    """The scheme's reading; its refusals name the file."""
+    try:
+        return scheme.read(stored, request)
+    except UserError as fault:
+        if stored.where in str(fault):
+            raise
+        raise UserError(f"{stored.where}: {fault}") from fault
+
+
+def _scheme_of(stored: Stored) -> tuple[str, Scheme]:
+    schemes: Mapping[str, Scheme] = table("checkpoints", "SCHEMES")
+    matches = [(name, scheme) for name, scheme in schemes.items() if scheme.recognises(stored)]
+    if len(matches) == 1:
+        return matches[0]
+    shown = ", ".join(f"'{printable(name)}'" for name in list(stored.contents.tensors)[:5])
+    raise UserError(f"{stored.where} is of no known layout ({', '.join(schemes)}); it holds tensors such as {shown}")
+
+
+def _adapted(
+    reading: Reading, state: dict[str, Tensor], request: Request, notes: list[str]
+) -> tuple[Architecture, dict[str, Tensor]]:
+    """The stored network and its weights as the user wants them: another grid, other classes, other settings."""
+    stored = reading.architecture
+    target = adjusted(stored, **request.overrides)
+    if request.image_size is not None and request.image_size != stored.backbone.image_size:
+        target = adjusted(target, image_size=request.image_size)
+        old, new = _grid(stored), _grid(target)
+        if _TABLE in state and old != new:
+            method = stored.backbone.position_resample
+            state[_TABLE] = resample_table(state[_TABLE], old, new, method)
+            disk = next(r.theirs[-1] for r in reading.rules if _TABLE in r.ours)
+            grids = f"from {old[0]}×{old[1]} to {new[0]}×{new[1]}"
+            notes.append(f"positions {reading.found.named(disk)} resampled {grids} ({method})")
+        for name in state:
+            if name.startswith("backbone.relative.") and old != new:
+                state[name] = resample_relative(state[name], old, new)
+    count = request.num_classes
+    if count is not None and count != stored.head.num_classes:
+        target = _with_classes(target, count, reading, state, notes)
+    return target, state
+
+
+def _with_classes(
+    target: Architecture, count: int, reading: Reading, state: dict[str, Tensor], notes: list[str]
+) -> Architecture:
+    """Another number of classes: the classifier, and what was trained for it alone, gives way to zeros."""
+    gone = [name for name in state if name.startswith((_CLASSIFIER, _PRE_LOGITS) if count else _CLASSIFIER)]
+    disk = [
+        reading.found.named(theirs) for rule in reading.rules for theirs in rule.theirs if set(rule.ours) & set(gone)
+    ]
+    for name in gone:
+        del state[name]
+    target = adjusted(target, num_classes=count, **({"pre_logits": None} if count else {}))
+    if disk:
+        notes.append(f"dropped for {count} classes: {', '.join(disk)}")
+    if count:
+        for name, shape in shapes(target).items():
+            if name.startswith(_CLASSIFIER):
+                state[name] = torch.zeros(shape)
+        notes.append(f"the classifier of {count} classes starts at zero")
+    return target
+
+
+def _grid(architecture: Architecture) -> tuple[int, int]:
+    """Rows and columns of patches at the architecture's own image size."""
+    config = architecture.backbone
+    tokenizer = find("tokenizers", "TOKENIZERS", config.tokenizer, "tokenizer")
+    with torch.device("meta"):
+        made = tokenizer(1, in_chans=1, patch_size=config.patch_size, partial=config.partial_patches)
+    return made.grid(config.image_size)
+
+
+def _filled(architecture: Architecture, state: Mapping[str, Tensor]) -> Network:
+    """The network with these tensors as its parameters; none is copied."""
+    network = skeleton(architecture)
+    expected = network.state_dict()
+    odd = sorted(
+        name
+        for name in expected.keys() | state.keys()
+        if name not in state or name not in expected or state[name].shape != expected[name].shape
+    )
+    if odd:
+        raise UserError(f"the settings asked for need other weights than the file has, beginning with '{odd[0]}'")
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def _preprocess(reading: Reading, target: Architecture) -> Preprocess:
+    size = target.backbone.image_size
+    if reading.preprocess is None:
+        return Preprocess(size, resize="squash", mean=_HALF, std=_HALF)
+    return reading.preprocess if reading.preprocess.size == size else reading.preprocess.at(size)
+
+
+def _precision(stored: Stored) -> list[str]:
+    kinds = {str(t.dtype).removeprefix("torch.") for t in stored.contents.tensors.values() if t.is_floating_point()}
+    return [f"converted to float32 from {', '.join(sorted(kinds - {'float32'}))}"] if kinds - {"float32"} else []
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size

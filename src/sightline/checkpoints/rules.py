@@ -1,0 +1,133 @@
+"""A checkpoint format as a table that is read both ways: their names and shapes to ours, and back."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sightline.errors import UserError, printable
+
+Convert = Callable[..., tuple[Tensor, ...]]
+"""Tensors in the order of one side of a rule to those of the other; shapes alone decide what it does."""
+
+
+def unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as they are."""
+    return tensors
+
+
+def transposed(*matrices: Tensor) -> tuple[Tensor, ...]:
+    """Each matrix with rows and columns exchanged."""
+    return tuple(matrix.T for matrix in matrices)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which of our parameters correspond to which of their tensors, and how each side becomes the other.
+
+    `load` takes theirs and gives ours, `save` the reverse; both only move numbers and never change one. `save` also
+    runs on tensors without memory, to say which shapes are expected on disk.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    load: Convert = unchanged
+    save: Convert = unchanged
+
+
+def same(ours: str, theirs: str) -> list[Rule]:
+    """Weight and bias of a layer that both sides store alike."""
+    return [Rule((f"{ours}.{part}",), (f"{theirs}.{part}",)) for part in ("weight", "bias")]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tensors of a checkpoint under the names that a scheme's rules use.
+
+    `where` is the file in messages. On disk each name has `prefix` before it, and those in `disk` are called yet
+    otherwise. `dropped` names, as on disk, what was left out knowingly.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    prefix: str = ""
+    disk: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    def named(self, name: str) -> str:
+        """A tensor as it is called on disk, in quotes."""
+        return f"'{printable(self.disk.get(name, self.prefix + name))}'"
+
+
+def load(rules: Sequence[Rule], found: Found, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Our parameters, float32, from the tensors of a checkpoint.
+
+    `shapes` has an entry for every parameter of ours. Raises UserError that names, as on disk, every tensor that is
+    missing, superfluous, misshapen, or holds anything but finite floating-point numbers.
+    """
+    _assert_complete(rules, shapes)
+    expected = {name: shape for rule in rules for name, shape in _on_disk(rule, shapes)}
+    _refuse_misfits(found, expected)
+    state: dict[str, Tensor] = {}
+    for rule in rules:
+        theirs = [as_float(found.tensors[name], found.named(name), found.where) for name in rule.theirs]
+        state.update(zip(rule.ours, (t.contiguous() for t in rule.load(*theirs)), strict=True))
+    return state
+
+
+def save(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors from our parameters; every one of ours is written, each of theirs once."""
+    _assert_complete(rules, state)
+    return {
+        name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone().contiguous()
+        for rule in rules
+        for name, tensor in zip(rule.theirs, rule.save(*(state[name].detach() for name in rule.ours)), strict=True)
+    }
+
+
+def as_float(tensor: Tensor, named: str, where: str) -> Tensor:
+    """The tensor in float32. Raises UserError where it is not of floating point, or not finite."""
+    if not tensor.dtype.is_floating_point:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{where}: tensor {named} holds {kind}, not floating-point numbers")
+    tensor = tensor.to(torch.float32)
+    # One pass without a copy: a sum is finite only where every term is; the second test settles an overflow.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        kind = "NaN" if tensor.isnan().any() else "an infinite number"
+        raise UserError(f"{where}: tensor {named} holds {kind}; the file is damaged or its training diverged")
+    return tensor
+
+
+def _on_disk(rule: Rule, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, torch.Size]]:
+    ours = (torch.empty(shapes[name], device="meta") for name in rule.ours)
+    return zip(rule.theirs, (tensor.shape for tensor in rule.save(*ours)), strict=True)
+
+
+def _refuse_misfits(found: Found, expected: Mapping[str, torch.Size]) -> None:
+    missing = [f"{found.named(name)} is missing" for name in expected if name not in found.tensors]
+    spare = [f"{found.named(name)} belongs to nothing" for name in found.tensors if name not in expected]
+    misshapen = [
+        f"{found.named(name)} has shape {list(found.tensors[name].shape)} where {list(shape)} is needed"
+        for name, shape in expected.items()
+        if name in found.tensors and found.tensors[name].shape != shape
+    ]
+    faults = misshapen + missing + spare
+    if faults:
+        rest = f" … and {len(faults) - 12} more" if len(faults) > 12 else ""
+        shown = "; ".join(_mixed([misshapen, missing, spare], 12))
+        raise UserError(f"{found.where} does not fit this architecture: {shown}{rest}")
+
+
+def _mixed(kinds: Sequence[list[str]], limit: int) -> list[str]:
+    """At most `limit` lines, some of each kind, so that a thousand of one do not hide another."""
+    each = limit // max(sum(bool(kind) for kind in kinds), 1)
+    return [line for kind in kinds for line in kind[:each]]
+
+
+def _assert_complete(rules: Sequence[Rule], ours: Iterable[str]) -> None:
+    uses = Counter(name for rule in rules for name in rule.ours)
+    theirs = Counter(name for rule in rules for name in rule.theirs)
+    assert uses == Counter(list(ours)), f"rules and parameters differ: {sorted(uses.keys() ^ set(ours))}"
+    assert max(theirs.values(), default=1) == 1, "a tensor on disk is written twice"
