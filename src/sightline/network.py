@@ -34,9 +34,13 @@ class Architecture:
         return Network(self)
 
     def lay_out(self) -> "Network":
-        """The network without memory for its weights, to count it or to assign weights to it."""
+        """The network without memory for its weights, to be counted or given weights; what is not learned is real."""
         with torch.device("meta"), _NothingToFill():
             return Network(self)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor of a checkpoint, by name."""
+        return {name: tensor.shape for name, tensor in self.lay_out().state_dict().items()}
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads back to an equal architecture."""

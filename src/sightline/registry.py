@@ -60,7 +60,7 @@ def find(room: str, name: str, key: str, what: str) -> Any:
 
 
 def variants(pattern: str = "*") -> dict[str, Variant]:
-    """The rows of every `VARIANTS` table whose name matches a shell pattern, in natural order of names."""
+    """The rows of every `VARIANTS` table whose name matches a shell pattern, in order of names."""
     rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS")}
     return {name: rows[name] for name in sorted(fnmatch.filter(rows, pattern))}
 

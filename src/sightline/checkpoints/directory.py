@@ -13,7 +13,6 @@ from sightline.checkpoints.files import safetensors_of
 from sightline.checkpoints.measure import refuse_other
 from sightline.checkpoints.rules import Found, Rule, save
 from sightline.checkpoints.scheme import Bundle, Content, Coverage, Reading, Request, Scheme, Stored
-from sightline.checkpoints.skeleton import shapes
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, Network
@@ -55,7 +54,7 @@ class Sightline(Scheme):
         return Reading(architecture, self.rules(architecture), found, preprocess, labels)
 
     def rules(self, architecture: Architecture) -> list[Rule]:
-        return _identity(shapes(architecture))
+        return _identity(architecture.shapes())
 
     def refusals(self, architecture: Architecture, out: Path) -> list[str]:
         return []

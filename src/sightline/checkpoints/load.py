@@ -11,7 +11,6 @@ from sightline.checkpoints import hub
 from sightline.checkpoints.files import SUFFIXES, read_json, read_sharded, read_tensors
 from sightline.checkpoints.rules import load
 from sightline.checkpoints.scheme import Bundle, Coverage, Reading, Request, Scheme, Stored, adjusted, numbered
-from sightline.checkpoints.skeleton import shapes, skeleton
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.layers.positions import resample_relative, resample_table
@@ -51,7 +50,7 @@ def load_bundle(
     stored = open_source(source)
     name, scheme = _scheme_of(stored)
     reading = _read(scheme, stored, request)
-    state = load(reading.rules, reading.found, shapes(reading.architecture))
+    state = load(reading.rules, reading.found, reading.architecture.shapes())
     pairs = tuple(
         (rule.ours, rule.theirs, tuple(tuple(reading.found.tensors[t].shape) for t in rule.theirs))
         for rule in reading.rules
@@ -155,7 +154,7 @@ def _with_classes(
     if disk:
         notes.append(f"dropped for {count} classes: {', '.join(disk)}")
     if count:
-        for name, shape in shapes(target).items():
+        for name, shape in target.shapes().items():
             if name.startswith(_CLASSIFIER):
                 state[name] = torch.zeros(shape)
         notes.append(f"the classifier of {count} classes starts at zero")
@@ -173,7 +172,7 @@ def _grid(architecture: Architecture) -> tuple[int, int]:
 
 def _filled(architecture: Architecture, state: Mapping[str, Tensor]) -> Network:
     """The network with these tensors as its parameters; none is copied."""
-    network = skeleton(architecture)
+    network = architecture.lay_out()
     expected = network.state_dict()
     odd = sorted(
         name

@@ -23,7 +23,7 @@ body { margin: 2rem auto; padding: 0 1.2rem; max-width: 62rem; color: var(--ink)
 h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p, figcaption, summary, td, th { color: var(--soft) } figure { margin: 0 }
 img, svg { max-width: 100%; height: auto } .row { display: flex; flex-wrap: wrap; gap: 1rem }
-.row figure { flex: 1 1 16rem } .row img { width: 100% }
+.row figure { flex: 1 1 16rem } .charts figure { flex: 1 1 26rem } .row img { width: 100% }
 table { border-collapse: collapse } td, th { padding: .15rem 1rem .15rem 0; text-align: left; font-weight: normal }
 th { color: var(--ink) } details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor: pointer }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg line { stroke: var(--line) }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sightline.datasets.digits import write_images
+from sightline.datasets.folder import write_images
 from sightline.datasets.open import open_dataset
 from sightline.errors import UserError, printable
 from sightline.explanation.files import explain_image

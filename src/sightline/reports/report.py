@@ -88,7 +88,7 @@ class Report:
             ("Learning rate", line_chart(rate, "epoch", "learning rate", zero=True)),
         ]
         figures = (f"<figure>{chart}<figcaption>{name}</figcaption></figure>" for name, chart in charts if chart)
-        return f'<h2>Curves</h2><div class="row">{"".join(figures)}</div>'
+        return f'<h2>Curves</h2><div class="row charts">{"".join(figures)}</div>'
 
     def _confusion(self) -> str:
         if len(self.labels) > MATRIX:
