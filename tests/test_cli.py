@@ -14,6 +14,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -333,18 +334,18 @@ class TestTrain:
     def test_stopped_twice_and_finished(self, photos, tmp_path):
         out = tmp_path / "a run"
 
-        def stopped(number: int, *words: object) -> Said:
-            steps = (out / "metrics.jsonl").read_bytes().count(b"\n") if words == ("--resume",) else 0
-            process = started("train", photos, *words, "--out", out)
+        metrics = out / "metrics.jsonl"
+
+        def begun(lines: int) -> None:
             latest = time.monotonic() + 90
-            while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") <= steps:
-                assert process.poll() is None, process.communicate()
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") <= lines:
                 assert time.monotonic() < latest
                 time.sleep(0.02)
-            process.send_signal(number)
-            return ended(process)
 
-        first = stopped(signal.SIGTERM, "--epochs", 25, *TINY)
+        process = started("train", photos, "--epochs", 25, *TINY, "--out", out)
+        begun(0)
+        process.terminate()
+        first = ended(process)
         assert first.status == 143
         assert first.out == ""
         told = first.err.strip().splitlines()[-1]
@@ -353,7 +354,12 @@ class TestTrain:
         assert list((out / "checkpoints").glob("*.safetensors"))
         assert not (out / "model.safetensors").exists()
 
-        second = stopped(signal.SIGINT, "--resume")
+        def interrupt() -> None:
+            begun(metrics.read_bytes().count(b"\n"))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        Thread(target=interrupt).start()
+        second = cli("train", photos, "--out", out, "--resume")
         assert second.status == 130
         assert "stopped by SIGINT" in second.err
 

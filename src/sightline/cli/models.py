@@ -24,7 +24,7 @@ def run(request: argparse.Namespace) -> None:
         wider = f"*{request.pattern}*"
         near = f" Did you mean '{wider}'?" if variants(wider) else suggest(request.pattern, variants())
         raise UserError(f"no model matches '{printable(request.pattern)}'.{near}")
-    table = []
+    table: list[dict[str, Any]] = []
     for name, row in rows.items():
         architecture = describe(name)
         table.append(

@@ -4,13 +4,13 @@ import argparse
 import types
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 
 def add_fields(parser: Any, kind: type, *, leave_out: tuple[str, ...] = ()) -> None:
     """An option for each field of a dataclass that has help; left out on the command line, it stays None."""
     hints = get_type_hints(kind)
-    for field in fields(kind):
+    for field in fields(cast(Any, kind)):
         if "help" in field.metadata and field.name not in leave_out:
             flag = f"--{field.name.replace('_', '-')}"
             words = f"{field.metadata['help']}"
@@ -19,7 +19,7 @@ def add_fields(parser: Any, kind: type, *, leave_out: tuple[str, ...] = ()) -> N
 
 def given(request: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The fields of a dataclass that the command line named."""
-    named = {field.name: getattr(request, field.name, None) for field in fields(kind)}
+    named = {field.name: getattr(request, field.name, None) for field in fields(cast(Any, kind))}
     return {name: value for name, value in named.items() if value is not None}
 
 

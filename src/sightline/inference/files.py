@@ -4,7 +4,6 @@ import csv
 import os
 from collections.abc import Iterable, Iterator
 from glob import has_magic
-from io import TextIOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +50,7 @@ def open_csv(path: str | os.PathLike[str]) -> IO[str]:
         raise UserError(f"cannot write {printable(os.fsdecode(path))}: {fault.strerror}") from fault
 
 
-def write_csv(answers: Iterable[Answer], stream: TextIOBase) -> Iterator[Answer]:
+def write_csv(answers: Iterable[Answer], stream: IO[str]) -> Iterator[Answer]:
     """Writes answers to an open text file as they pass through, so that an interrupted run keeps what it had.
 
     The columns are `COLUMNS`; a row for each class of an answer, the most probable first; an error is one row.

@@ -42,7 +42,7 @@ def demo(out: Path, seed: int, epochs: float | None, device: str, *, quiet: bool
     in `out` is replaced. Raises UserError where `out` holds anything else.
     """
     _clear(out)
-    settings = {} if epochs is None else {"epochs": epochs}
+    settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     trained = train("builtin:digits", out=out, seed=seed, device=device, quiet=quiet, **settings)
     held_out = open_dataset("builtin:digits", seed=seed).val
     rows = np.unique(held_out.targets, return_index=True)[1][:SHOWN]

@@ -51,7 +51,7 @@ def _network(facts: Facts, model: str | None, overrides: dict[str, Any]) -> tupl
         return describe(model, facts.classes, **overrides), [f"{model} was asked for"]
     name = "vit_pico_patch4_32" if facts.images < 5_000 else "vit_nano_patch4_32"
     size, patch = _resolution(facts.side)
-    fitting = {"image_size": size, "patch_size": patch} | overrides
+    fitting: dict[str, Any] = {"image_size": size, "patch_size": patch} | overrides
     cells = fitting["image_size"] if isinstance(fitting["image_size"], int) else min(fitting["image_size"])
     why = [
         f"{facts.images:,} images are few for a Vision Transformer, so the network is small",

@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from torch import nn
+
+from sightline.network import Network
 
 
 class Average:
@@ -13,15 +14,15 @@ class Average:
     forgotten.
     """
 
-    def __init__(self, network: nn.Module, decay: float):
+    def __init__(self, network: Network, decay: float):
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, network: Network, step: int) -> None:
         """Moves the average towards the network after update number `step`, counted from 0."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        kept, new = list(self.network.parameters()), [p.detach() for p in network.parameters()]
-        torch._foreach_lerp_(kept, new, weight)
+        for kept, new in zip(self.network.parameters(), network.parameters(), strict=True):
+            kept.lerp_(new, weight)
         for ours, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             ours.copy_(theirs)

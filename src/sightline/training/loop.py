@@ -1,7 +1,7 @@
 """The one training loop. It knows batches, an objective and a clock, and nothing of what is being learned."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from sightline.training.state import State, Store
 from sightline.training.update import Update, Updater
 from sightline.types import Batch
 
-Batches = Iterator[tuple[int, Batch | None, list[tuple[str, str]]]]
+Batches = Iterable[tuple[int, Batch | None, Sequence[tuple[str, str]]]]
 
 CLOCK_LOOKS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of the time of a run by the clock at which the rest is planned anew."""
@@ -82,7 +82,7 @@ class Loop:
         self.network = task.objective.network
         if self.settings.checkpointing:
             for part in self.network.modules():
-                part.checkpointing = True
+                setattr(part, "checkpointing", True)  # noqa: B010 (whoever has layers to recompute reads it)
         self.updater = Updater(task.objective, self.settings, world, precision)
         self.average = Average(self.network, self.settings.ema) if self.settings.ema else None
         self.store, self.best = Store(directory / "checkpoints"), Store(directory / "checkpoints" / "best")
@@ -190,7 +190,7 @@ class Loop:
             self.best.save(self.state, {f"network.{k}": v for k, v in kept.state_dict().items()})
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
 
-    def _refuse(self, refused: list[tuple[str, str]]) -> None:
+    def _refuse(self, refused: Sequence[tuple[str, str]]) -> None:
         self.state.refused += refused
         for name, reason in refused:
             self.journal.say(f"left out {printable(name)}: {printable(reason)}")

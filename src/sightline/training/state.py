@@ -39,7 +39,10 @@ class State:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "State":
         """Reads what `dataclasses.asdict` wrote."""
-        return cls(**{**data, "plan": Plan(**data["plan"]), "refused": [tuple(item) for item in data["refused"]]})
+        fields = dict(data)
+        fields["plan"] = Plan(**fields["plan"])
+        fields["refused"] = [tuple(item) for item in fields["refused"]]
+        return cls(**fields)
 
 
 class Store:

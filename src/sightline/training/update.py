@@ -41,7 +41,9 @@ class Updater:
         self.objective = objective
         self.optimizer = optimizers.build(objective, objective.network, settings)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
-        self.model: nn.Module = world.wrap(torch.compile(objective) if settings.compile else objective)
+        if settings.compile:
+            objective.compile()
+        self.model = world.wrap(objective)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> Update:
         """Moves the weights once by the gradient of the global batch, of which `batch` is this process's part.
