@@ -252,12 +252,10 @@ def _glorot(module: nn.Module) -> None:
 
 FAMILIES = {"vit": ViT}
 
-_AVERAGED = {"class_token": False, "global_pool": "avg"}
-
 _SIZES = {
     # Two sizes of our own, for small images and few of them.
-    "pico": {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0, **_AVERAGED},
-    "nano": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0, **_AVERAGED},
+    "pico": {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+    "nano": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -281,8 +279,8 @@ def _row(size: str, patch: int, image: int, parameters: int) -> Variant:
 VARIANTS = {
     f"vit_{size}_patch{patch}_{image}": _row(size, patch, image, parameters)
     for size, patch, image, parameters in [
-        ("pico", 4, 32, 206_248),
-        ("nano", 4, 32, 938_600),
+        ("pico", 4, 32, 206_376),
+        ("nano", 4, 32, 938_856),
         ("tiny", 16, 224, 5_717_416),
         ("tiny", 16, 384, 5_790_376),
         ("small", 32, 224, 22_878_952),

@@ -92,32 +92,30 @@ def train(
     …), `augment` those of `Augment`, `network` those of the architecture. With `resume` the run in `out` goes on where
     it was, by its own record, and nothing else is asked. Raises UserError, WorkError, and Interrupted after a signal.
     """
-    where = pick_device(device)
     folder = RunFolder(Path(out) if out is not None else Path("runs") / _stem(data))
     with ExitStack() as held:
-        world = join(where)
+        world = join(pick_device(device))
         held.callback(leave)
-        if world.first:
-            held.enter_context(locked(folder.path))
-        record = folder.read() if resume else {}
-        if not resume and world.first:
-            folder.require_fresh()
-        world.agree(None)  # nobody writes before everybody has looked
-        seed = int(record["seed"]) if resume else int(settings.get("seed", 0))
-        splits = open_dataset(record["data"]["source"] if resume else data, seed=seed)
         if resume:
+            record = folder.read()
+            splits = open_dataset(record["data"]["source"], seed=record["seed"])
             _require_same_data(splits, record, folder)
             chosen = Recipe.from_json(record["recipe"], str(folder.record_file))
-            network_ = chosen.architecture.build()
+            taught = chosen.architecture.build()
         else:
-            chosen, network_ = choose(
-                facts(splits.train), model, weights, image_size, recipe, dict(network or {}), seed
-            )
-            chosen = chosen.told({**settings, "seed": seed}, augment or {})
-            chosen = _fitting(chosen, network_, len(splits.train), world)
+            record, seed = {}, int(settings.get("seed", 0))
+            folder.require_fresh()
+            splits = open_dataset(data, seed=seed)
+            known, asked = facts(splits.train), dict(network or {})
+            chosen, taught = choose(known, model, weights, image_size, recipe, asked, seed)
+            chosen = _fitting(chosen.told({**settings, "seed": seed}, augment or {}), taught, len(splits.train), world)
+        world.agree(None)  # nobody writes before everybody has looked
+        if world.first:
+            held.enter_context(locked(folder.path))
+            if not resume:
+                folder.require_fresh()  # somebody may have been quicker
         held.enter_context(_threads(chosen.settings.threads or torch.get_num_threads()))
-        run = _Run(folder, splits, chosen, network_, world, quiet)
-        return run.go(resume, record)
+        return _Run(folder, splits, chosen, taught, world, quiet).go(resume, record)
 
 
 def choose(

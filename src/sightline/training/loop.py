@@ -83,8 +83,8 @@ class Loop:
         if self.settings.checkpointing:
             for part in self.network.modules():
                 setattr(part, "checkpointing", True)  # noqa: B010 (whoever has layers to recompute reads it)
-        self.updater = Updater(task.objective, self.settings, world, precision)
         self.average = Average(self.network, self.settings.ema) if self.settings.ema else None
+        self.updater = Updater(task.objective, self.settings, world, precision)
         self.store, self.best = Store(directory / "checkpoints"), Store(directory / "checkpoints" / "best")
         by_epochs = max(round(self.settings.epochs * task.steps_per_epoch), 1)
         self.state = State(Plan(by_epochs if self.settings.minutes is None else 10**9))

@@ -42,7 +42,7 @@ class Updater:
         self.optimizer = optimizers.build(objective, objective.network, settings)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
         if settings.compile:
-            objective.compile()
+            objective.network.compile()
         self.model = world.wrap(objective)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> Update:
