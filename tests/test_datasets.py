@@ -445,3 +445,14 @@ def test_written_digits_are_the_same_set(tmp_path):
         pixels = np.asarray(Image.open(file))
         assert pixels.shape == (24, 24, 3)
         assert (pixels[1::3, 2::3] == image).all()
+
+
+def test_both_parts_together_are_the_whole(tmp_path):
+    splits = open_dataset("builtin:digits", seed=3)
+    whole = splits.together()
+    assert splits.drawn
+    assert sorted(whole.samples.names) == sorted([*splits.train.samples.names, *splits.val.samples.names])
+    assert whole.counts() == {name: splits.train.counts()[name] + n for name, n in splits.val.counts().items()}
+    last = whole.samples[len(whole) - 1]
+    assert (last.name, last.target) == (splits.val.samples[-1].name, splits.val.samples[-1].target)
+    assert np.array_equal(last.image, splits.val.samples[-1].image)

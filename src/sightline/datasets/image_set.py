@@ -107,6 +107,15 @@ class ImageSet:
         """The set of these rows alone, with all classes."""
         return ImageSet(self.classes, self.samples.select(rows))
 
+    def joined(self, other: "ImageSet") -> "ImageSet":
+        """The images of both sets, which have the same classes and lie in the same place."""
+        assert self.classes == other.classes
+        mine, theirs = self.samples, other.samples
+        assert mine.root == theirs.root
+        arrays = None if mine.arrays is None or theirs.arrays is None else [*mine.arrays, *theirs.arrays]
+        names = Names([*mine.names, *theirs.names])
+        return ImageSet(self.classes, Samples(names, np.concatenate([mine.targets, theirs.targets]), mine.root, arrays))
+
     def renumbered(self, classes: tuple[str, ...]) -> "ImageSet":
         """The same images with the same classes in another order."""
         assert set(classes) == set(self.classes)

@@ -20,12 +20,21 @@ VALIDATION = ("val", "valid", "validation", "test")
 
 @dataclass(frozen=True)
 class Splits:
-    """What to learn from and what to judge by; `notes` are sentences for people: what was found and what left out."""
+    """What to learn from and what to judge by.
+
+    `notes` are sentences for people: what was found and what left out. `drawn` says that the data has no validation
+    part of its own, and that this one was drawn from it by a seed.
+    """
 
     train: ImageSet
     val: ImageSet
     source: str
     notes: list[str]
+    drawn: bool = False
+
+    def together(self) -> ImageSet:
+        """All images of both parts."""
+        return self.train.joined(self.val)
 
 
 def hold_out(images: ImageSet, source: str, *, seed: int, share: float, notes: Sequence[str] = ()) -> Splits:
@@ -49,7 +58,7 @@ def hold_out(images: ImageSet, source: str, *, seed: int, share: float, notes: S
     if lone := [name for name, count in images.counts().items() if count == 1]:
         told.append(f"with a single image each, these classes have none to validate with: {some(lone)}")
     train, val = (images.select(np.flatnonzero(part)) for part in (~held, held))
-    return Splits(train, val, source, [*notes, *told])
+    return Splits(train, val, source, [*notes, *told], drawn=True)
 
 
 def check_classes(train: Collection[str], val: Collection[str], where: str) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 
 from sightline.datasets.folder import write_images
 from sightline.datasets.open import open_dataset
+from sightline.device import pick_device
 from sightline.errors import UserError, printable
 from sightline.explanation.files import explain_image
 from sightline.inference.files import to_json
 from sightline.inference.predictor import Answer
 from sightline.recipes.classify import Trained, train
+from sightline.training.settings import Settings
 
 SHOWN = 4
 """Images that are predicted from files and explained."""
@@ -41,8 +43,10 @@ def demo(out: Path, seed: int, epochs: float | None, device: str, *, quiet: bool
     About a minute on two cores; about 99.4 % of the held-out digits are right (mean of three seeds). An earlier demo
     in `out` is replaced. Raises UserError where `out` holds anything else.
     """
-    _clear(out)
     settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    Settings(seed=seed, **settings)
+    pick_device(device)  # a request that is refused removes nothing
+    _clear(out)
     trained = train("builtin:digits", out=out, seed=seed, device=device, quiet=quiet, **settings)
     held_out = open_dataset("builtin:digits", seed=seed).val
     rows = np.unique(held_out.targets, return_index=True)[1][:SHOWN]

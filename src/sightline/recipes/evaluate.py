@@ -11,6 +11,7 @@ from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.naming import some
 from sightline.datasets.open import open_dataset
+from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
 from sightline.errors import UserError
 from sightline.evaluation.accuracy import accuracy
@@ -64,20 +65,21 @@ def evaluate(
     precision: str = "auto",
     architecture: str | None = None,
 ) -> Evaluated:
-    """Measures a model on the validation part of `data`.
+    """Measures a model on the validation part of `data`, or on all of it where it has none.
 
-    Where the data has no such part, it is held out as in the model's own training: by the same `seed`. The classes of
-    the data must be those of the model, by name; their order on disk does not matter. Raises UserError otherwise.
+    Data that the model was trained on, and the built-in sets, are held out as in its training: by its seed, or by
+    `seed`. The classes of the data must be those of the model, by name; their order on disk does not matter. Raises
+    UserError otherwise.
     """
     require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
     require(workers >= 0, f"workers must not be negative, and is {workers}")
     model = load(source, architecture=architecture)
     where = pick_device(device)
-    record, report = Path(source) / "run.json", Path(source) / "report.html"
-    if seed is None:
-        seed = int(read_json(record).get("seed", 0)) if record.is_file() else 0
-    splits = open_dataset(data, seed=seed)
-    images = _in_order_of(model.labels, splits.val, str(data))
+    folder = Path(source)
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    splits = open_dataset(data, seed=int(record.get("seed", 0)) if seed is None else seed)
+    chosen, notes = _part(splits, record, seed)
+    images = _in_order_of(model.labels, chosen, str(data))
     loader = OrderedLoader(
         images,
         model.preprocess,
@@ -102,9 +104,19 @@ def evaluate(
         counts.confusion.tolist(),
         model.labels,
         counts.refused,
-        splits.notes,
-        str(report) if report.is_file() else None,
+        notes,
+        str(folder / "report.html") if (folder / "report.html").is_file() else None,
     )
+
+
+def _part(splits: Splits, record: Mapping[str, Any], seed: int | None) -> tuple[ImageSet, list[str]]:
+    """The images to judge by, and remarks: strangers to the model are all judged, what it learned from is not."""
+    builtin = splits.source.startswith("builtin:")
+    known = record.get("data", {}).get("fingerprint", {}).get("train") == splits.train.fingerprint()
+    if not splits.drawn or builtin or known or seed is not None:
+        return splits.val, splits.notes
+    images = splits.together()
+    return images, [f"all {len(images):,} images are judged: the data has no validation part of its own"]
 
 
 def _in_order_of(labels: Sequence[str], images: ImageSet, data: str) -> ImageSet:
