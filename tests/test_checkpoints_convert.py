@@ -17,7 +17,6 @@ from sightline.checkpoints.directory import write_model
 from sightline.checkpoints.load import load_bundle
 from sightline.checkpoints.rules import load, save
 from sightline.checkpoints.scheme import Bundle, adjusted
-from sightline.checkpoints.skeleton import shapes
 from sightline.errors import UserError
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network, create_model
@@ -222,7 +221,7 @@ def test_rules_are_inverse_to_each_other(name: str) -> None:
         made.backbone.place.positions.table.data[:, :1] = 0
     from sightline.checkpoints.rules import Found
 
-    again = load(rules, Found("memory", theirs), shapes(made.architecture))
+    again = load(rules, Found("memory", theirs), made.architecture.shapes())
     assert_identical(again, dict(made.state_dict()))
 
 

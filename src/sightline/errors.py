@@ -2,7 +2,7 @@
 
 A `UserError` is raised where a request, a file or a setting is at fault; the command line prints its message without a
 traceback and leaves with status 2. A `WorkError` means that the work was tried and failed (status 1). Anything else
-that escapes is a defect of Sightline and keeps its traceback.
+that escapes is a defect of Sightline: its name is printed, and with `--debug` its traceback.
 """
 
 import difflib

@@ -40,6 +40,14 @@ class Backbone(nn.Module, ABC):
         """
         return self.depth + 1
 
+    def resample(self, state: Mapping[str, Tensor], other: "Backbone") -> dict[str, tuple[Tensor, str]]:
+        """What this backbone needs otherwise than `other`, of another image size, whose tensors are `state`.
+
+        By name, the tensor for this size and how it was made, in words for people. Empty where nothing depends on the
+        size.
+        """
+        return {}
+
     @classmethod
     def split(cls, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings by the field's usual names, told apart: what belongs to the backbone and what to its head."""

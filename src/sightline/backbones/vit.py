@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from sightline.backbones.backbone import Backbone
 from sightline.layers.encoder import ACTIVATIONS, Encoder
-from sightline.layers.positions import RESAMPLERS, FixedPositions, LearnedPositions, RelativePositions
+from sightline.layers.positions import (
+    RESAMPLERS,
+    FixedPositions,
+    LearnedPositions,
+    RelativePositions,
+    resample_relative,
+    resample_table,
+)
 from sightline.registry import Variant, find
 from sightline.schema import require
 from sightline.types import Tokens
@@ -179,6 +186,11 @@ class ViT(Backbone):
         """Number of tokens before the patches."""
         return int(self.config.class_token)
 
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches at the image size it was made for."""
+        return self.tokenizer.grid(self.config.image_size)
+
     def embed(
         self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None
     ) -> tuple[Tokens, list[Tensor] | Tensor | None]:
@@ -223,6 +235,19 @@ class ViT(Backbone):
         if part == "relative":
             return int(rest[0]) + 1
         return 0 if part in ("tokenizer", "place") else self.depth + 1
+
+    def resample(self, state: Mapping[str, Tensor], other: Backbone) -> dict[str, tuple[Tensor, str]]:
+        """Positions, stretched from the grid of `other` to this one by the method of their source."""
+        assert isinstance(other, ViT)
+        old, new, method = other.grid, self.grid, other.config.position_resample
+        if old == new:
+            return {}
+        how = f"from {old[0]}×{old[1]} to {new[0]}×{new[1]} patches"
+        relative = {name: table for name, table in state.items() if name.startswith("relative.")}
+        changed = {name: (resample_relative(table, old, new), how) for name, table in relative.items()}
+        if (learned := "place.positions.table") in state:
+            changed[learned] = resample_table(state[learned], old, new, method), f"{how} ({method})"
+        return changed
 
     @classmethod
     def split(cls, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -66,6 +66,8 @@ def convert(source: Bundle | str | Path, to: str, out: str | Path, **options: An
     scheme, out = find("checkpoints", "SCHEMES", to, "layout"), Path(out)
     bundle = source if isinstance(source, Bundle) else load_bundle(source, **options)
     architecture = bundle.architecture
+    if scheme.families is not None and architecture.family not in scheme.families:
+        raise UserError(f"{to} has no names for the weights of the {architecture.family} family")
     refusals = scheme.refusals(architecture, out)
     if refusals:
         raise UserError(f"{to} cannot express this network: {'; '.join(refusals)}")

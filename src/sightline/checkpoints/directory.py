@@ -27,6 +27,8 @@ _MOST_CELLS = 2**24
 class Sightline(Scheme):
     """The names of the parameters themselves."""
 
+    families = None
+
     def recognises(self, stored: Stored) -> bool:
         if stored.config is not None:
             return stored.config.get("format") == "sightline"
@@ -127,11 +129,9 @@ def _labels(data: Any, architecture: Architecture, where: str) -> tuple[str, ...
 def _refuse_excess(architecture: Architecture, tensors: int, where: str) -> None:
     """A configuration cannot make the reader work or allocate more than its weights account for."""
     config = architecture.backbone
-    require(
-        getattr(config, "depth", 1) <= max(tensors, 1),
-        f"{where}: {tensors} tensors are too few for {config.depth} layers",
-    )
-    if hasattr(config, "patch_size"):
+    depth = getattr(config, "depth", 1)
+    require(depth <= max(tensors, 1), f"{where}: {tensors} tensors are too few for {depth} layers")
+    if hasattr(config, "positions"):
         patches = (config.image_size[0] // config.patch_size[0] + 1) * (
             config.image_size[1] // config.patch_size[1] + 1
         )

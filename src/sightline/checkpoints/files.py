@@ -2,11 +2,9 @@
 
 import ast
 import json
-import lzma
 import math
 import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sightline.checkpoints.pickles import read_torch
+from sightline.checkpoints.pickles import DAMAGED, read_torch
 from sightline.errors import UserError, printable, suggest
 
 SAFETENSORS, NPZ, TORCH = (".safetensors",), (".npz",), (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -170,7 +168,9 @@ def _read_npz(path: Path, size: int) -> dict[str, Tensor]:
                 with archive.open(member) as file:
                     tensors[name] = _read_array(file, member.file_size, f"{printable(path)}: '{printable(name)}'")
             return tensors
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError) as fault:
+    except UserError:
+        raise
+    except DAMAGED as fault:
         raise UserError(f"{printable(path)} is damaged or not an .npz file: {printable(fault)}") from fault
 
 

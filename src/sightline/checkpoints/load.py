@@ -13,9 +13,8 @@ from sightline.checkpoints.rules import load
 from sightline.checkpoints.scheme import Bundle, Coverage, Reading, Request, Scheme, Stored, adjusted, numbered
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
-from sightline.layers.positions import resample_relative, resample_table
 from sightline.network import Architecture, Network
-from sightline.registry import find, table
+from sightline.registry import table
 
 _WEIGHTS = (
     "model.safetensors",
@@ -25,7 +24,7 @@ _WEIGHTS = (
     "model.pth",
 )
 _HALF = (0.5, 0.5, 0.5)
-_TABLE, _CLASSIFIER, _PRE_LOGITS = "backbone.place.positions.table", "head.classifier.", "head.pre_logits."
+_BACKBONE, _CLASSIFIER, _PRE_LOGITS = "backbone.", "head.classifier.", "head.pre_logits."
 
 
 def load_bundle(
@@ -70,7 +69,7 @@ def open_source(source: str | Path) -> Stored:
         return _open_directory(hub.fetch(source), source)
     path = Path(source).expanduser()
     if not path.exists():
-        hint = f"; the hub's models are named hf:{source}" if len(path.parts) == 2 and not path.suffix else ""
+        hint = f"; the hub's models are named hf:{source}" if len(path.parts) == 2 and not path.is_absolute() else ""
         raise UserError(f"there is no file or folder {printable(source)}{hint}")
     if path.is_dir():
         return _open_directory(path, printable(path))
@@ -124,20 +123,21 @@ def _adapted(
     target = adjusted(stored, **request.overrides)
     if request.image_size is not None and request.image_size != stored.backbone.image_size:
         target = adjusted(target, image_size=request.image_size)
-        old, new = _grid(stored), _grid(target)
-        if _TABLE in state and old != new:
-            method = stored.backbone.position_resample
-            state[_TABLE] = resample_table(state[_TABLE], old, new, method)
-            disk = next(r.theirs[-1] for r in reading.rules if _TABLE in r.ours)
-            grids = f"from {old[0]}×{old[1]} to {new[0]}×{new[1]}"
-            notes.append(f"positions {reading.found.named(disk)} resampled {grids} ({method})")
-        for name in state:
-            if name.startswith("backbone.relative.") and old != new:
-                state[name] = resample_relative(state[name], old, new)
+        _resample(reading, state, target, notes)
     count = request.num_classes
     if count is not None and count != stored.head.num_classes:
         target = _with_classes(target, count, reading, state, notes)
     return target, state
+
+
+def _resample(reading: Reading, state: dict[str, Tensor], target: Architecture, notes: list[str]) -> None:
+    """Replaces in `state` what depends on the image size, as the backbone of that family says."""
+    old, new = reading.architecture.lay_out().backbone, target.lay_out().backbone
+    mine = {name.removeprefix(_BACKBONE): t for name, t in state.items() if name.startswith(_BACKBONE)}
+    for name, (tensor, how) in new.resample(mine, old).items():
+        state[_BACKBONE + name] = tensor
+        disk = next(rule.theirs[-1] for rule in reading.rules if _BACKBONE + name in rule.ours)
+        notes.append(f"{reading.found.named(disk)} resampled {how}")
 
 
 def _with_classes(
@@ -159,15 +159,6 @@ def _with_classes(
                 state[name] = torch.zeros(shape)
         notes.append(f"the classifier of {count} classes starts at zero")
     return target
-
-
-def _grid(architecture: Architecture) -> tuple[int, int]:
-    """Rows and columns of patches at the architecture's own image size."""
-    config = architecture.backbone
-    tokenizer = find("tokenizers", "TOKENIZERS", config.tokenizer, "tokenizer")
-    with torch.device("meta"):
-        made = tokenizer(1, in_chans=1, patch_size=config.patch_size, partial=config.partial_patches)
-    return made.grid(config.image_size)
 
 
 def _filled(architecture: Architecture, state: Mapping[str, Tensor]) -> Network:

@@ -1,9 +1,12 @@
 """Tensors out of PyTorch files, through the restricted reader alone and after a look at what the pickle asks for."""
 
 import argparse
+import lzma
 import mmap
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,19 @@ _HARMLESS = {
     "__builtin__ set",
     "torch.serialization _get_layout",
 }
+
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
+)
+"""What Python's reader of archives raises where bytes are not as they should be; a UserError is a ValueError too."""
 
 
 def read_torch(path: Path, size: int) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
@@ -104,7 +120,9 @@ def _inspect_archive(path: Path) -> None:
             broken = archive.testzip()
             if broken is not None:
                 raise UserError(f"{printable(path)} is damaged: '{printable(broken)}' fails its checksum")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as fault:
+    except UserError:
+        raise
+    except DAMAGED as fault:
         raise UserError(f"{printable(path)} is damaged: {printable(fault)}") from fault
 
 

@@ -52,7 +52,12 @@ class Reading:
 
 
 class Scheme(ABC):
-    """A naming scheme: how to know it, to read it and to write it."""
+    """A naming scheme: how to know it, to read it and to write it.
+
+    `families` are those whose weights it has names for; None for all.
+    """
+
+    families: tuple[str, ...] | None = ("vit",)
 
     @abstractmethod
     def recognises(self, stored: Stored) -> bool:

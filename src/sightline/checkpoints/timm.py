@@ -148,6 +148,8 @@ class Timm(Scheme):
         config = bundle.architecture.backbone
         remarks = super().remarks(bundle, out)
         if not out.suffix:
+            if bundle.preprocess.kernel != "pillow":
+                remarks.append("timm resizes with Pillow, which rounds otherwise than torch: up to 2/255")
             return remarks
         remarks += ["a bare file holds weights alone: class names and the pixel contract are not in it"]
         if config.norm_eps != 1e-6:

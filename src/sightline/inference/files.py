@@ -4,8 +4,9 @@ import csv
 import os
 from collections.abc import Iterable, Iterator
 from glob import has_magic
+from io import TextIOBase, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sightline.datasets.scan import list_images
 from sightline.errors import UserError, printable
@@ -42,7 +43,7 @@ def _result(answer: Answer) -> dict[str, Any]:
     return {"path": answer.path, **answer.prediction.to_json()}
 
 
-def open_csv(path: str | os.PathLike[str]) -> IO[str]:
+def open_csv(path: str | os.PathLike[str]) -> TextIOWrapper:
     """A new text file for `write_csv`. Raises UserError where it cannot be made."""
     try:
         return Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace")
@@ -50,7 +51,7 @@ def open_csv(path: str | os.PathLike[str]) -> IO[str]:
         raise UserError(f"cannot write {printable(os.fsdecode(path))}: {fault.strerror}") from fault
 
 
-def write_csv(answers: Iterable[Answer], stream: IO[str]) -> Iterator[Answer]:
+def write_csv(answers: Iterable[Answer], stream: TextIOBase) -> Iterator[Answer]:
     """Writes answers to an open text file as they pass through, so that an interrupted run keeps what it had.
 
     The columns are `COLUMNS`; a row for each class of an answer, the most probable first; an error is one row.

@@ -21,6 +21,9 @@ from sightline.training.settings import Settings
 SHOWN = 4
 """Images that are predicted from files and explained."""
 
+MARK = ".demo"
+"""The file that tells a demo, which the next one replaces, from a run of the user's."""
+
 
 @dataclass(frozen=True)
 class Demonstrated:
@@ -47,6 +50,8 @@ def demo(out: Path, seed: int, epochs: float | None, device: str, *, quiet: bool
     Settings(seed=seed, **settings)
     pick_device(device)  # a request that is refused removes nothing
     _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
     trained = train("builtin:digits", out=out, seed=seed, device=device, quiet=quiet, **settings)
     held_out = open_dataset("builtin:digits", seed=seed).val
     rows = np.unique(held_out.targets, return_index=True)[1][:SHOWN]
@@ -71,6 +76,6 @@ def _clear(out: Path) -> None:
     """Removes an earlier demo. Raises UserError where the folder is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "run.json").is_file() or "builtin:digits" not in (out / "run.json").read_text(errors="replace"):
+    if not (out / MARK).is_file():
         raise UserError(f"{printable(out)} exists and is no earlier demo; choose another folder with --out")
     shutil.rmtree(out)

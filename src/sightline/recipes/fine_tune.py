@@ -16,7 +16,7 @@ def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) 
     epochs = min(max(round(20_000 / facts.images), 5), 50)
     return Recipe(
         "fine-tune",
-        replace(architecture, backbone=replace(architecture.backbone, drop_path_rate=0.1)),
+        _with_stochastic_depth(architecture),
         preprocess,
         Augment(crop="resized", crop_scale=(0.4, 1.0), brightness=0.2, contrast=0.2, saturation=0.2),
         Settings(
@@ -30,6 +30,13 @@ def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) 
         ),
         ("the weights have learned before, so layers near the input change least", FLIPS),
     )
+
+
+def _with_stochastic_depth(architecture: Architecture) -> Architecture:
+    """The architecture with a tenth of its last branch dropped, where its family has such a setting."""
+    if not hasattr(architecture.backbone, "drop_path_rate"):
+        return architecture
+    return replace(architecture, backbone=replace(architecture.backbone, drop_path_rate=0.1))
 
 
 def fine_tune_as_published(facts: Facts, architecture: Architecture, preprocess: Preprocess) -> Recipe:

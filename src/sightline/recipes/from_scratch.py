@@ -4,12 +4,15 @@ from typing import Any
 
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
-from sightline.network import Architecture, describe
+from sightline.network import Architecture, count_parameters, describe
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
 VIEWS = 100_000
 """Training images, repetitions counted, that a small network gets to see."""
+
+SMALL = 2_000_000
+"""Parameters below which a network bears the higher learning rate."""
 
 
 def from_scratch(facts: Facts, *, model: str | None = None, **overrides: Any) -> Recipe:
@@ -31,7 +34,7 @@ def from_scratch(facts: Facts, *, model: str | None = None, **overrides: Any) ->
         Settings(
             epochs=epochs,
             batch_size=min(64, max(facts.images // 8, 2)) // 2 * 2,
-            lr=3e-3 if architecture.backbone.embed_dim <= 128 else 1e-3,
+            lr=3e-3 if count_parameters(architecture.lay_out()) < SMALL else 1e-3,
             weight_decay=0.05,
             warmup=0.07,
             min_lr=0.01,
@@ -40,7 +43,7 @@ def from_scratch(facts: Facts, *, model: str | None = None, **overrides: Any) ->
         ),
         (
             *why,
-            f"{facts.images:,} images give about {epochs * facts.images:,} views in {epochs} epochs",
+            f"about {VIEWS:,} views teach a small network, which is {epochs} epochs of {facts.images:,} images",
             "nothing says that mirrored images keep their meaning, so none is mirrored (--horizontal-flip 0.5 does)",
         ),
     )

@@ -100,7 +100,8 @@ class Recipe:
         """A few lines for whoever starts the run: what was chosen, and why."""
         backbone, s = self.architecture.backbone, self.settings
         size = "×".join(map(str, backbone.image_size))
-        length = f"{s.minutes:g} minutes" if s.minutes is not None else f"{s.epochs:g} epochs"
+        amount, unit = (s.epochs, "epoch") if s.minutes is None else (s.minutes, "minute")
+        length = f"{amount:g} {unit}{'' if amount == 1 else 's'}"
         return [
             f"recipe '{self.name}': {self.architecture.name} at {size} pixels for {length}, "
             f"batches of {s.batch_size}, {s.optimizer} with learning rate {s.lr:g}, seed {s.seed}",

@@ -41,10 +41,10 @@ class RunFolder:
         write_atomic(self.record_file, json.dumps(record, indent=1).encode())
 
     def require_fresh(self) -> None:
-        """Raises UserError where the folder holds anything that a new run could overwrite."""
+        """Raises UserError where the folder holds more than hidden files: a new run could overwrite it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{printable(self.path)} is a file; choose another folder with --out")
-        if self.path.is_dir() and any(item.name != ".lock" for item in self.path.iterdir()):
+        if self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir()):
             raise UserError(
                 f"{printable(self.path)} is not empty; choose another folder with --out, or go on with --resume"
             )
@@ -53,8 +53,11 @@ class RunFolder:
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
     """Holds a folder for one run. Raises UserError where another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as fault:
+        raise UserError(f"cannot write into {printable(folder)}: {fault.strerror}; choose another --out") from fault
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

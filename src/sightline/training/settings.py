@@ -1,5 +1,6 @@
 """What a training run may be told: plain data without heavy imports, for Python, JSON and the command line alike."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,4 +57,8 @@ class Settings:
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
         for name in ("min_lr", "switch_prob", "layer_decay"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        for name in ("epochs", "minutes", "lr", "weight_decay"):
+            value = getattr(self, name)
+            require(value is None or math.isfinite(value), f"{name} must be finite, not {value}")
+        require(self.seed < 2**31, f"seed must be less than 2147483648, not {self.seed}")
         require(self.ema is None or 0 < self.ema < 1, f"ema must lie in (0, 1), not {self.ema}")
