@@ -114,6 +114,20 @@ def safetensors_of(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
     return lambda path: save_file(dict(tensors), path, {"format": "pt"})
 
 
+def bare_file(tensors: Mapping[str, Tensor], out: Path) -> dict[Path, bytes | Callable[[Path], None]]:
+    """What writes these tensors alone, in the format that the suffix names; empty where `out` is to be a folder.
+
+    Raises UserError for a suffix that is not one of a file that PyTorch's users exchange.
+    """
+    if out.suffix == ".safetensors":
+        return {out: safetensors_of(tensors)}
+    if out.suffix in (".pth", ".pt", ".bin"):
+        return {out: lambda path: torch.save(dict(tensors), path)}
+    if out.suffix:
+        raise UserError(f"{printable(out)}: such weights are a folder, or a file in .safetensors or .pth")
+    return {}
+
+
 def _size(path: Path) -> int:
     try:
         status = path.stat()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.checkpoints.files import safetensors_of
+from sightline.checkpoints.files import bare_file, safetensors_of
 from sightline.checkpoints.measure import Facts, divides, stored_architecture
 from sightline.checkpoints.rules import Found, Rule, same
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
@@ -133,13 +133,7 @@ class Timm(Scheme):
         return refused
 
     def files(self, bundle: Bundle, tensors: Mapping[str, Tensor], out: Path) -> dict[Path, Content]:
-        if out.suffix == ".safetensors":
-            return {out: safetensors_of(tensors)}
-        if out.suffix in (".pth", ".pt", ".bin"):
-            return {out: lambda path: torch.save(dict(tensors), path)}
-        if out.suffix:
-            raise UserError(f"{printable(out)}: timm's weights are a folder, or a file in .safetensors or .pth")
-        return {
+        return bare_file(tensors, out) or {
             out / "model.safetensors": safetensors_of(tensors),
             out / "config.json": json.dumps(_config(bundle), indent=2).encode(),
         }

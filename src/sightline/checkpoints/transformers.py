@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.checkpoints.files import safetensors_of
+from sightline.checkpoints.files import bare_file, safetensors_of
 from sightline.checkpoints.measure import Facts, divides, stored_architecture
 from sightline.checkpoints.rules import Found, Rule, same
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
@@ -104,10 +104,8 @@ class Transformers(Scheme):
         return refused
 
     def files(self, bundle: Bundle, tensors: Mapping[str, Tensor], out: Path) -> dict[Path, Content]:
-        if out.suffix == ".safetensors":
-            return {out: safetensors_of(tensors)}
-        if out.suffix in (".pth", ".pt", ".bin"):
-            return {out: lambda path: torch.save(dict(tensors), path)}
+        if bare := bare_file(tensors, out):
+            return bare
         files: dict[Path, Content] = {out / "model.safetensors": safetensors_of(tensors)}
         processor, _ = _processor(bundle.preprocess)
         if processor is not None:

@@ -20,6 +20,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--top", type=int, default=1, metavar="K", help="classes in an answer")
     parser.add_argument("--csv", metavar="FILE", help="write a table too")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most images at a time")
+    parser.add_argument("--runtime", default="auto", choices=("auto", "torch"), help="what computes")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
     add_device(parser)
 

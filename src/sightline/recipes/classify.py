@@ -156,6 +156,7 @@ class _Run:
     def __init__(self, folder: RunFolder, splits: Splits, recipe: Recipe, network: Network, world: World, quiet: bool):
         self.folder, self.splits, self.recipe, self.network = folder, splits, recipe, network
         self.world, self.quiet = world, quiet
+        self.latest: Accuracy | None = None
         self.precision = pick_precision(recipe.settings.precision, world.device)
         self.validation = OrderedLoader(
             splits.val,
@@ -185,14 +186,15 @@ class _Run:
             settings,
             self._batches(),
             steps_per_epoch(len(self.splits.train), settings.batch_size),
-            lambda network: self._weigh(network).metrics(),
+            self._evaluate,
             name=lambda i: names[i],
         )
         loop = Loop(task, self.world, self.folder.path, precision=self.precision, resume=resume, quiet=self.quiet)
         for line in [*self.splits.notes, *recipe.describe()]:
             loop.journal.say(line)
         outcome = loop.run()
-        counts = self._weigh(outcome.network)
+        fresh = self.latest if settings.patience is None else None  # patience may have gone back to older weights
+        counts = fresh or self._weigh(outcome.network)
         metrics = counts.metrics()
         trained = Trained(
             self.folder.path,
@@ -229,6 +231,10 @@ class _Run:
             workers=settings.workers,
             pin_memory=self.world.device.type == "cuda",
         )
+
+    def _evaluate(self, network: nn.Module) -> dict[str, float]:
+        self.latest = self._weigh(network)
+        return self.latest.metrics()
 
     def _weigh(self, network: nn.Module) -> Accuracy:
         """The counts of a network over the validation images, over all processes."""

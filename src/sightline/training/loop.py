@@ -94,6 +94,7 @@ class Loop:
         for words in passed:
             self.journal.say(f"passed over a checkpoint: {words}")
         self.pace_from: tuple[int, float] | None = None
+        self.pulse = ""
         self.began, self.saved = time.monotonic() - self.state.seconds, time.monotonic()
 
     def run(self) -> Outcome:
@@ -152,6 +153,7 @@ class Loop:
         speed = self.settings.batch_size * (step + 1) / self.state.seconds
         self.journal.scalars(step + 1, images_per_second=speed)
         self.journal.advance(step + 1, self.state.plan.total, loss, speed)
+        self.pulse = f"loss {loss:.3f}  {speed:,.0f} images/s"
 
     def _replan(self, before: float) -> None:
         step, seconds = self.state.step, self.state.seconds
@@ -182,7 +184,7 @@ class Loop:
         epoch = self.state.step / self.task.steps_per_epoch
         named = {f"val_{name}": value for name, value in self.state.metrics.items()}
         self.journal.record(self.state.step, epoch=epoch, **named)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
+        shown = "  ".join([self.pulse, *(f"{name} {value:.4f}" for name, value in named.items())])
         left = self.state.seconds / self.state.step * (self.state.plan.total - self.state.step)
         total = self.state.plan.total
         self.journal.say(f"epoch {epoch:.4g}  step {self.state.step}/{total}  {shown}  {left:.0f} s left")
