@@ -175,6 +175,21 @@ def test_nonsense_is_refused_by_name(settings, words):
         small("vit", **settings)
 
 
+def test_settings_go_by_the_names_of_other_libraries_too():
+    ours = small("vit", image_size=(32, 48), activation="relu", pre_logits=7).architecture
+    theirs = small("vit", image_size=None, img_size=(32, 48), act_layer="relu", representation_size=7).architecture
+    assert ours == theirs
+
+
+def test_the_encoder_of_the_original_transformer_is_a_configuration():
+    network = small("vit", norm="post", activation="relu", positions="sincos1d", final_norm=False)
+    tokens = network.backbone(torch.randn(2, 3, 33, 47))
+    norm = network.backbone.encoder.blocks[-1].norm2
+    plain = (tokens.x - norm.bias) / norm.weight  # the last thing that happens to a token is its norm
+    torch.testing.assert_close(plain.mean(dim=-1), torch.zeros(2, plain.shape[1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(plain.var(dim=-1, unbiased=False), torch.ones(2, plain.shape[1]), atol=1e-2, rtol=0)
+
+
 def test_an_unknown_name_brings_near_ones():
     with pytest.raises(UserError, match="vit_base_patch16_224"):
         create_model("vit_bse_patch16_224")

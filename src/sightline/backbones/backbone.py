@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from sightline.types import Tokens
 
+FAMILIAR = {"img_size": "image_size", "act_layer": "activation", "representation_size": "pre_logits"}
+"""Names of other libraries for settings that are called otherwise here."""
+
 
 class Backbone(nn.Module, ABC):
     """Pixels to `Tokens`.
@@ -52,7 +55,6 @@ class Backbone(nn.Module, ABC):
     def split(cls, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings by the field's usual names, told apart: what belongs to the backbone and what to its head."""
         own = cls.Config.__dataclass_fields__
-        names = {"img_size": "image_size"}
-        named = {names.get(key, key): value for key, value in settings.items()}
+        named = {FAMILIAR.get(key, key): value for key, value in settings.items()}
         mine = {key: value for key, value in named.items() if key in own}
         return mine, {key: value for key, value in named.items() if key not in own}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sightline.backbones.backbone import FAMILIAR
 from sightline.checkpoints.files import Contents
 from sightline.checkpoints.rules import Found, Rule
 from sightline.errors import UserError, printable, suggest
@@ -156,12 +157,9 @@ def numbered(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-_FAMILIAR = {"img_size": "image_size"}  # timm's name
-
-
 def adjusted(architecture: Architecture, **settings: Any) -> Architecture:
     """The architecture with settings of its backbone or head replaced. Raises UserError for names that neither has."""
-    settings = {_FAMILIAR.get(name, name): value for name, value in settings.items()}
+    settings = {FAMILIAR.get(name, name): value for name, value in settings.items()}
     for name in ("image_size", "patch_size"):
         if isinstance(settings.get(name), int):
             settings[name] = (settings[name],) * 2
