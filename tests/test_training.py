@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,6 +23,7 @@ from sightline.errors import UserError, WorkError
 from sightline.network import create_model
 from sightline.objectives.supervised import Supervised
 from sightline.recipes.classify import train
+from sightline.recipes.evaluate import evaluate
 from sightline.registry import table
 from sightline.training.average import Average
 from sightline.training.journal import read
@@ -327,6 +330,41 @@ def test_the_published_recipe_at_a_higher_resolution(undisturbed, tmp_path):
     assert record["recipe"]["settings"]["weight_decay"] == 0
     assert done.model.network.backbone.config.image_size == (36, 36)
     assert done.model.network.backbone.place.positions.grid == (6, 6)
+
+
+@pytest.fixture
+def unlike(tmp_path) -> Path:
+    """A folder of wide, tall and square pictures, told apart by the colour of a rectangle."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 14), ("val", 5)):
+        for channel, (name, size) in enumerate({"wide": (21, 47), "tall": (43, 19), "even": (31, 31)}.items()):
+            (tmp_path / "unlike" / part / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = size + random.integers(-3, 4, 2)
+                picture = random.integers(0, 90, (height, width, 3), dtype=np.uint8)
+                picture[height // 4 : height // 2, width // 4 : width // 2, channel] = 250
+                Image.fromarray(picture).save(tmp_path / "unlike" / part / name / f"{i}.png")
+    return tmp_path / "unlike"
+
+
+def test_images_keep_their_own_aspect_ratio(unlike, tmp_path):
+    settings = QUICK | {"resize": "native", "epochs": 12, "batch_size": 14}
+    done = train(unlike, out=tmp_path / "native", **settings)
+    assert done.metrics["top1"] > 0.9
+    model = done.model
+    shapes = {tuple(model.preprocess(path).shape[1:]) for path in sorted(unlike.glob("val/*/0.png"))}
+    assert len(shapes) == 3
+    assert evaluate(done.directory, unlike, batch_size=1).metrics == pytest.approx(done.metrics, abs=1e-5)
+    paths = sorted(unlike.glob("val/*/*.png"))
+    answers = model.predict([str(path) for path in paths])
+    right = [answer.label == path.parent.name for answer, path in zip(answers, paths, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(done.metrics["top1"])
+
+
+def test_what_differs_in_size_is_not_mixed(unlike, tmp_path):
+    with pytest.raises(UserError, match="native"):
+        train(unlike, out=tmp_path / "native", resize="native", mixup=0.2)
+    assert not (tmp_path / "native").exists()
 
 
 # Faults

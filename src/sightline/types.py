@@ -1,6 +1,6 @@
 """The few values that travel between rooms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,16 +47,26 @@ class Batch(NamedTuple):
 
     `pixels` [b, c, h, w] are normalised; `targets` are class indices; `index` says which samples of the dataset they
     are; `key` is a number per sample drawn from (seed, epoch, sample) that seeds whatever else is random about it.
+    `sizes` holds each image's (height, width) where they differ; they are then padded below and to the right.
     """
 
     pixels: Float[Tensor, "b c h w"]
     targets: Int[Tensor, " b"]
     index: Int[Tensor, " b"]
     key: Int[Tensor, " b"]
+    sizes: Int[Tensor, "b 2"] | None = None
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """The samples from `start` to before `stop`."""
+        return self._each(lambda values: values[start:stop])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; asynchronous where the memory is pinned."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        return self._each(lambda values: values.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        sizes = None if self.sizes is None else change(self.sizes)
+        return Batch(change(self.pixels), change(self.targets), change(self.index), change(self.key), sizes)
 
 
 @dataclass(frozen=True)

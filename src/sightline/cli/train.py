@@ -29,6 +29,8 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--minutes", type=float, metavar="X", help="train for so long instead")
     parser.add_argument("--seed", type=int, default=0, help="every random choice follows from it")
     parser.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels that the network reads")
+    modes = ("squash", "crop", "pad", "native")
+    parser.add_argument("--resize", choices=modes, help="how images of other shapes get there; native keeps aspect")
     add_device(parser)
     network = parser.add_argument_group("network, in place of the recipe's choice")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
@@ -66,6 +68,7 @@ def run(request: argparse.Namespace) -> int:
             weights=request.weights,
             out=request.out,
             image_size=request.image_size,
+            resize=request.resize,
             recipe=request.recipe,
             resume=request.resume,
             device=request.device,

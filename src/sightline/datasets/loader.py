@@ -17,6 +17,7 @@ from sightline.datasets.order import rows, share
 from sightline.errors import UserError, WorkError
 from sightline.images.augment import sample_keys
 from sightline.images.decode import ImageError, decode
+from sightline.images.preprocess import collate
 from sightline.types import Batch
 
 PATIENCE = 300
@@ -174,8 +175,10 @@ def _load(
             refused.append(Refused(name, error.reason))
         else:
             facts.append((target, i, key))
-    batch = Batch(torch.stack(pixels), *torch.tensor(facts).unbind(dim=1)) if pixels else None
-    return Loaded(step, batch, refused)
+    if not pixels:
+        return Loaded(step, None, refused)
+    together, sizes = collate(pixels)
+    return Loaded(step, Batch(together, *torch.tensor(facts).unbind(dim=1), sizes), refused)
 
 
 class _Batches(Dataset[Loaded]):

@@ -95,6 +95,6 @@ def accuracy(
         for _, batch, refused in batches:
             counts.refused.extend(refused)
             if batch is not None:
-                counts.add(network(batch.pixels.to(device)), batch.targets, batch.index)
+                counts.add(network(batch.pixels.to(device), batch.sizes), batch.targets, batch.index)
     network.train(training)
     return counts

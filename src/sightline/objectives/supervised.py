@@ -28,7 +28,8 @@ class Supervised(Objective):
 
     def forward(self, batch: Batch) -> Step:
         if not (self.training and (self.smoothing or self.mixup or self.cutmix)):
-            return self.network.head.loss(self.network(batch.pixels), batch.targets)
+            return self.network.head.loss(self.network(batch.pixels, batch.sizes), batch.targets)
+        assert batch.sizes is None or not (self.mixup or self.cutmix), "images of unlike sizes cannot be mixed"
         pixels, targets = mix(
             batch.pixels,
             batch.targets,
@@ -39,7 +40,7 @@ class Supervised(Objective):
             num_classes=self.network.architecture.head.num_classes,
             smoothing=self.smoothing,
         )
-        return self.network.head.loss(self.network(pixels), targets)
+        return self.network.head.loss(self.network(pixels, batch.sizes), targets)
 
 
 OBJECTIVES = {"supervised": Supervised}

@@ -76,6 +76,7 @@ def train(
     weights: str | Path | None = None,
     out: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
+    resize: str | None = None,
     recipe: str | None = None,
     resume: bool = False,
     device: str = "auto",
@@ -88,9 +89,11 @@ def train(
 
     `data` is a folder of class folders, a CSV file, or `builtin:digits`. `model` is an architecture's name and
     `weights` what `load` takes, or "none" for random ones; what is left out is chosen by the number and size of the
-    images. `recipe` names one of `fine_tune.RECIPES`. `settings` are fields of `Settings` (epochs, minutes, lr, seed,
-    …), `augment` those of `Augment`, `network` those of the architecture. With `resume` the run in `out` goes on where
-    it was, by its own record, and nothing else is asked. Raises UserError, WorkError, and Interrupted after a signal.
+    images. `resize` is how images of other shapes are brought to `image_size`: squash, crop, pad, or native, which
+    keeps each image's own aspect ratio at about as many pixels. `recipe` names one of `fine_tune.RECIPES`. `settings`
+    are fields of `Settings` (epochs, minutes, lr, seed, …), `augment` those of `Augment`, `network` those of the
+    architecture. With `resume` the run in `out` goes on where it was, by its own record, and nothing else is asked.
+    Raises UserError, WorkError, and Interrupted after a signal.
     """
     folder = RunFolder(Path(out) if out is not None else Path("runs") / _stem(data))
     with ExitStack() as held:
@@ -108,7 +111,8 @@ def train(
             splits = open_dataset(data, seed=seed)
             known, asked = facts(splits.train), dict(network or {})
             chosen, taught = choose(known, model, weights, image_size, recipe, asked, seed)
-            chosen = _fitting(chosen.told({**settings, "seed": seed}, augment or {}), taught, len(splits.train), world)
+            chosen = chosen.resized(resize).told({**settings, "seed": seed}, augment or {})
+            chosen = _fitting(chosen, taught, len(splits.train), world)
         world.agree(None)  # nobody writes before everybody has looked
         if world.first:
             held.enter_context(locked(folder.path))

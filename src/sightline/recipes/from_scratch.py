@@ -43,7 +43,7 @@ def from_scratch(facts: Facts, *, model: str | None = None, **overrides: Any) ->
         ),
         (
             *why,
-            f"about {VIEWS:,} views teach a small network, which is {epochs} epochs of {facts.images:,} images",
+            f"{epochs} epochs show it {epochs * facts.images:,} images, and {VIEWS:,} or so are enough",
             "nothing says that mirrored images keep their meaning, so none is mirrored (--horizontal-flip 0.5 does)",
         ),
     )

@@ -13,7 +13,7 @@ from sightline.errors import UserError
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture
-from sightline.schema import from_json, to_json
+from sightline.schema import from_json, require, to_json
 from sightline.training.settings import Settings
 
 LOOKED_AT = 256
@@ -65,6 +65,14 @@ class Recipe:
     settings: Settings
     reasons: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        mixed = self.settings.mixup > 0 or self.settings.cutmix > 0 or self.augment.crop != "none"
+        require(
+            self.preprocess.resize != "native" or not mixed,
+            "images at their own aspect ratio (native) differ in size: they can neither be mixed (mixup, cutmix) nor "
+            "cropped at random (crop)",
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads back."""
         return {
@@ -95,6 +103,24 @@ class Recipe:
         """The recipe with what the user said in place of its own."""
         changed = from_json(Settings, {**to_json(self.settings), **settings}, "settings")
         return replace(self, settings=changed, augment=Augment.from_json({**self.augment.to_json(), **augment}))
+
+    def resized(self, resize: str | None) -> "Recipe":
+        """The recipe with another way to bring images to the network's size; None changes nothing.
+
+        At their own aspect ratio images differ in size, so they are neither cropped at random nor mixed in pairs.
+        """
+        if resize is None:
+            return self
+        plain = {**self.preprocess.to_json(), "resize": resize, "crop_pct": 1.0, "resize_size": None}
+        if resize != "native":
+            return replace(self, preprocess=Preprocess.from_json(plain))
+        patch = getattr(self.architecture.backbone, "patch_size", (1, 1))
+        return replace(
+            self,
+            preprocess=Preprocess.from_json({**plain, "multiple": max(patch)}),
+            augment=replace(self.augment, crop="none", padding=0),
+            settings=replace(self.settings, mixup=0.0, cutmix=0.0),
+        )
 
     def describe(self) -> list[str]:
         """A few lines for whoever starts the run: what was chosen, and why."""

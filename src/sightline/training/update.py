@@ -59,7 +59,7 @@ class Updater:
         size += size % 2  # pairs of neighbours are mixed with each other and stay together
         loss, figures = torch.zeros((), device=self.world.device), {}
         for begin in range(0, mine, size):
-            part = Batch(*(field[begin : begin + size] for field in batch)).to(self.world.device)
+            part = batch.part(begin, begin + size).to(self.world.device)
             share = len(part.index) / mine
             torch.manual_seed((self.settings.seed << 32) + step)
             with rows_of(start + begin, whole), self._alone(begin + size < mine):
