@@ -256,8 +256,8 @@ class Preprocess:
         return f"{how}; mean {mean}, std {std}{'; draft decoding' if self.draft else ''}"
 
 
-def collate(images: Sequence[Tensor]) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b 2"] | None]:
-    """Stack images [3, h, w]; unlike sizes are filled with zeros at the right and bottom and returned as (h, w) rows.
+def collate(images: Sequence[Tensor]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b 2"] | None]:
+    """Stack images [c, h, w]; unlike sizes are filled with zeros at the right and bottom and returned as (h, w) rows.
 
     Raises UserError for an empty list.
     """
@@ -267,7 +267,7 @@ def collate(images: Sequence[Tensor]) -> tuple[Float[Tensor, "b 3 h w"], Int[Ten
     if (sizes == sizes[0]).all():
         return torch.stack(list(images)), None
     height, width = sizes.amax(dim=0).tolist()
-    pixels = images[0].new_zeros(len(images), 3, height, width)
+    pixels = images[0].new_zeros(len(images), len(images[0]), height, width)
     for row, image in zip(pixels, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return pixels, sizes
