@@ -1,7 +1,6 @@
 """The command `sightline` as a user runs it: what it prints where, its exit status, and what it leaves on disk."""
 
 import csv
-import io
 import json
 import os
 import pickle
@@ -11,11 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
-from threading import Thread
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,93 +21,10 @@ from safetensors.torch import load_file, save_file
 
 import sightline.cli.models
 import sightline.cli.predict
+from command import TINY, Said, cli, ended, model, photos, pictures, refusal, started, trained  # noqa: F401
 from sightline.cli.main import main, verbs
-from sightline.datasets.digits import digits
 from sightline.datasets.folder import write_images
 from sightline.errors import WorkError
-
-TINY = ("--embed-dim", 16, "--depth", 2, "--num-heads", 2, "--workers", 0)
-
-
-class Said(NamedTuple):
-    """What came of one command."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict:
-        """The one JSON document on stdout."""
-        return json.loads(self.out)
-
-
-def cli(*words: object) -> Said:
-    """Runs a command in this process."""
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as err,
-        pytest.raises(SystemExit) as left,
-    ):
-        main([str(word) for word in words])
-    assert "Traceback" not in err.getvalue()
-    return Said(int(left.value.code or 0), out.getvalue(), err.getvalue())
-
-
-def started(*words: object, **settings) -> subprocess.Popen:
-    """A command in a process of its own."""
-    command = [sys.executable, "-m", "sightline", *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **{**pipes, **settings})
-
-
-def ended(process: subprocess.Popen) -> Said:
-    out, err = process.communicate(timeout=120)
-    assert "Traceback" not in err
-    return Said(process.returncode, out, err)
-
-
-def refusal(*words: object) -> str:
-    """The message of a command whose request is at fault."""
-    said = cli(*words)
-    assert said.status == 2, said
-    assert said.out == ""
-    assert said.err.startswith("sightline: ")
-    return said.err
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Path, Said]:
-    """A small model of the digits, and what its training said."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    return folder, cli("train", "builtin:digits", "--epochs", 1, *TINY, "--out", folder, "--json")
-
-
-@pytest.fixture(scope="module")
-def model(trained) -> Path:
-    return trained[0]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """120 digits as image files in class folders."""
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    write_images(digits().select(np.arange(120)), folder)
-    return folder
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Three images and four files that are none."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name, seed in (("2.png", 2), ("10.png", 10), ("ünï côdé.jpg", 3)):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (23, 31, 3), dtype=np.uint8)).save(folder / name)
-    whole = (folder / "2.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("no image")
-    return folder
 
 
 class TestHelp:
@@ -223,149 +136,6 @@ class TestRequests:
         assert "stopped by SIGTERM" in said.err
         assert closed
         assert signal.getsignal(signal.SIGTERM) is before
-
-
-class TestTrain:
-    def test_one_document_and_its_shape(self, trained):
-        folder, said = trained
-        assert said.status == 0
-        assert said.out.count("\n") == 1
-        document = said.document
-        assert document["model"] == str(folder)
-        assert document["task"] == "classify"
-        assert 0 < document["metrics"]["top1"] < document["metrics"]["top5"] <= 1
-        assert document["counts"] == {"evaluated": 359, "refused": 0}
-        assert document["seconds"]["train"] > 0
-        assert document["report"] == str(folder / "report.html")
-
-    def test_what_was_chosen_and_how_it_went_is_on_stderr(self, trained):
-        err = trained[1].err
-        assert "vit_pico_patch4_32 at 24×24 pixels" in err
-        assert "because" in err
-        assert "val_top1" in err
-
-    def test_what_lies_there_afterwards(self, trained):
-        folder, said = trained
-        files = {file.name for file in folder.iterdir()}
-        expected = {"config.json", "model.safetensors", "README.md", "run.json", "metrics.jsonl", "report.html"}
-        assert expected | {"checkpoints"} <= files
-        assert any(name.startswith("events.out.tfevents") for name in files)
-        record = json.loads((folder / "run.json").read_text())
-        assert record["status"] == "finished"
-        assert record["metrics"] == said.document["metrics"]
-
-    def test_quiet_is_silent_and_a_person_gets_words(self, photos, tmp_path):
-        said = cli("train", photos, "--epochs", 0.1, *TINY, "--out", tmp_path / "run", "--quiet")
-        assert (said.status, said.err) == (0, "")
-        assert "top-1" in said.out
-        assert str(tmp_path / "run" / "report.html") in said.out
-
-    def test_from_the_weights_of_another_run(self, model, photos, tmp_path):
-        words = ("--weights", model, "--epochs", 0.1, "--workers", 0, "--json", "--quiet", "--out", tmp_path / "fine")
-        assert cli("train", photos, *words).document["counts"]["evaluated"] > 0
-        assert json.loads((tmp_path / "fine" / "run.json").read_text())["recipe"]["name"] == "fine-tune"
-
-    @pytest.mark.parametrize(
-        ("words", "says"),
-        [
-            (("builtin:digit",), "Did you mean digits?"),
-            (("{out}/nothing",), "does not exist"),
-            (("builtin:digits", "--model", "vit_tiny_patch16_22"), "Did you mean vit_tiny_patch16_224"),
-            (("builtin:digits", "--device", "cuda:97"), "no device 'cuda:97' here"),
-            (("builtin:digits", "--resume"), "no run to resume"),
-            (("builtin:digits", "--epochs", 0), "epochs must be positive"),
-            (("builtin:digits", "--epochs", "nan"), "epochs must be positive"),
-            (("builtin:digits", "--batch_size", 0), "batch_size must be positive"),
-            (("builtin:digits", "--horizontal-flip", 2), "horizontal_flip"),
-            (("builtin:digits", "--num-heads", 3), "not a multiple of num_heads 3"),
-            (("builtin:digits", "--weights", "{out}/no.safetensors"), "no file or folder"),
-            (("builtin:digits", "--recipe", "fine-tune"), "--weights"),
-        ],
-    )
-    def test_refusals(self, words, says, tmp_path):
-        out = tmp_path / "run"
-        words = [str(word).format(out=tmp_path) for word in words]
-        assert says in refusal("train", *words, "--out", out)
-        assert not (out / "run.json").exists()
-        assert not (out / "model.safetensors").exists()
-
-    @pytest.mark.parametrize(
-        ("files", "says"),
-        [
-            ((), "no images found"),
-            (("cats/1.png", "cats/2.png"), "only one class has images ('cats')"),
-            (("cats/1.png", "dogs/1.png"), "no class has more than one image"),
-        ],
-    )
-    def test_refused_folders(self, files, says, tmp_path):
-        data = tmp_path / "data"
-        data.mkdir()
-        for file in files:
-            (data / file).parent.mkdir(exist_ok=True)
-            Image.new("RGB", (8, 8)).save(data / file)
-        message = refusal("train", data, "--out", tmp_path / "run")
-        assert says in message
-        assert str(data) in message
-
-    def test_a_folder_without_permission_is_named(self, photos, tmp_path, monkeypatch):
-        locked = tmp_path / "photos" / "3"
-        shutil.copytree(photos, tmp_path / "photos")
-        locked.chmod(0)
-        if os.access(locked, os.R_OK):  # whom no permission binds
-            scandir = os.scandir
-
-            def closed(path):
-                if str(path).rstrip("/") == str(locked):
-                    raise PermissionError(13, "Permission denied", str(path))
-                return scandir(path)
-
-            monkeypatch.setattr(os, "scandir", closed)
-        message = refusal("train", tmp_path / "photos", "--out", tmp_path / "run")
-        locked.chmod(0o700)
-        assert str(locked) in message
-        assert "Permission denied" in message
-
-    def test_a_folder_with_something_in_it_is_left_alone(self, model, tmp_path):
-        before = {file.name: file.stat().st_mtime_ns for file in model.iterdir()}
-        assert "is not empty" in (message := refusal("train", "builtin:digits", "--out", model))
-        assert "--resume" in message
-        assert {file.name: file.stat().st_mtime_ns for file in model.iterdir()} == before
-
-    def test_stopped_twice_and_finished(self, photos, tmp_path):
-        out = tmp_path / "a run"
-
-        metrics = out / "metrics.jsonl"
-
-        def begun(lines: int) -> None:
-            latest = time.monotonic() + 90
-            while not metrics.exists() or metrics.read_bytes().count(b"\n") <= lines:
-                assert time.monotonic() < latest
-                time.sleep(0.02)
-
-        process = started("train", photos, "--epochs", 25, *TINY, "--out", out)
-        begun(0)
-        process.terminate()
-        first = ended(process)
-        assert first.status == 143
-        assert first.out == ""
-        told = first.err.strip().splitlines()[-1]
-        assert "stopped by SIGTERM" in told
-        assert f"sightline train {photos} --out '{out}' --resume" in told
-        assert list((out / "checkpoints").glob("*.safetensors"))
-        assert not (out / "model.safetensors").exists()
-
-        def interrupt() -> None:
-            begun(metrics.read_bytes().count(b"\n"))
-            os.kill(os.getpid(), signal.SIGINT)
-
-        Thread(target=interrupt).start()
-        second = cli("train", photos, "--out", out, "--resume")
-        assert second.status == 130
-        assert "stopped by SIGINT" in second.err
-
-        words = shlex.split(told.partition("Go on with: sightline ")[2])
-        assert cli(*words, "--json").document["counts"] == {"evaluated": 25, "refused": 0}
-        assert cli("predict", out, tmp_path).status == 1  # a folder without images
 
 
 class TestPredict:
@@ -636,30 +406,6 @@ class TestExplain:
             message = refusal("explain", model, pictures / "2.png", "--out", tmp_path / "no", "--layers", layer)
             assert f"no layer {layer}: the model has 2" in message
         assert not (tmp_path / "no").exists()
-
-
-class TestDemo:
-    def test_from_training_to_pages_and_again(self, tmp_path):
-        out = tmp_path / "demo"
-        document = cli("demo", "--out", out, "--epochs", 0.1, "--json", "--quiet").document
-        assert document["counts"] == {"evaluated": 359, "refused": 0}
-        assert document["report"] == str(out / "report.html")
-        assert len(document["results"]) == len(document["explanations"]) == 4
-        assert all(Path(page).is_file() for page in document["explanations"])
-        assert all(Path(result["path"]).is_file() for result in document["results"])
-        for wrong in (("--epochs", 0), ("--device", "abacus"), ("--seed", -1)):
-            refusal("demo", "--out", out, *wrong)
-        assert (out / "model.safetensors").is_file()
-        again = cli("demo", "--out", out, "--epochs", 0.1, "--seed", 1)
-        assert again.status == 0
-        assert f"model   {out}" in again.out
-        assert json.loads((out / "run.json").read_text())["seed"] == 1
-
-    def test_what_is_no_demo_stays(self, photos, tmp_path):
-        assert "no earlier demo" in refusal("demo", "--out", photos)
-        (tmp_path / "file").touch()
-        assert "no earlier demo" in refusal("demo", "--out", tmp_path / "file")
-        assert len(list(photos.rglob("*.png"))) == 120
 
 
 class TestModels:
