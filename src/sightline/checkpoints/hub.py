@@ -66,6 +66,8 @@ class _Repository:
                 return self._cached(name)
             endpoint = os.environ.get("HF_ENDPOINT") or None
             path = Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision, endpoint=endpoint))
+        except UserError:
+            raise
         except errors.RemoteEntryNotFoundError:
             return None
         except errors.LocalEntryNotFoundError as fault:
