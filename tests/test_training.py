@@ -285,6 +285,26 @@ def test_a_run_by_the_clock_plans_its_schedule_for_the_time(tmp_path):
     assert done.seconds["train"] < 60
 
 
+def test_a_run_by_the_clock_that_stopped_before_it_was_planned_still_ends(tmp_path, monkeypatch):
+    from sightline.training.signals import Interrupted
+    from sightline.training.update import Updater
+
+    plain = Updater.__call__
+
+    def stopping_at_6(self, batch, step, lr):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, step, lr)
+
+    monkeypatch.setattr(Updater, "__call__", stopping_at_6)
+    with pytest.raises(Interrupted):
+        train("builtin:digits", out=tmp_path / "clock", minutes=0.05, **QUICK)
+    monkeypatch.undo()
+    done = train("builtin:digits", out=tmp_path / "clock", resume=True)
+    assert done.seconds["train"] < 60
+    assert json.loads((done.directory / "run.json").read_text())["status"] == "finished"
+
+
 def test_patience_keeps_the_best(tmp_path):
     done = train("builtin:digits", out=tmp_path / "early", **QUICK | {"lr": 1e-12, "epochs": 9, "patience": 2})
     values = [r["val_top1"] for r in read(done.directory / "metrics.jsonl") if "val_top1" in r]

@@ -15,7 +15,7 @@ from sightline.objectives.objective import Objective
 from sightline.training.average import Average
 from sightline.training.distributed import World
 from sightline.training.journal import Journal
-from sightline.training.schedule import Plan, rate
+from sightline.training.schedule import UNMEASURED, Plan, rate
 from sightline.training.settings import Settings
 from sightline.training.signals import Interrupted, Request, listening
 from sightline.training.snapshot import restore, snapshot
@@ -29,10 +29,10 @@ CLOCK_LOOKS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of the time of a run by the clock at which the rest is planned anew."""
 
 FIRST_LOOK = 10
-"""Steps after which a run by the clock is planned for the first time."""
+"""Steps of one process after which a run by the clock is planned for the first time."""
 
 SLOW_START = 3
-"""Steps that say nothing of a run's pace: caches are cold and worker processes begin."""
+"""Steps of each process that say nothing of its pace: caches are cold and worker processes begin."""
 
 INFINITE_LIMIT = 5
 """Updates in a row that may be left out because the gradient is not finite."""
@@ -87,13 +87,13 @@ class Loop:
         self.updater = Updater(task.objective, self.settings, world, precision)
         self.store, self.best = Store(directory / "checkpoints"), Store(directory / "checkpoints" / "best")
         by_epochs = max(round(self.settings.epochs * task.steps_per_epoch), 1)
-        self.state = State(Plan(by_epochs if self.settings.minutes is None else 10**9))
+        self.state = State(Plan(by_epochs if self.settings.minutes is None else UNMEASURED))
         passed = self._resume() if resume else []
-        kept = directory if world.first else None
-        self.journal = Journal(kept, total=self.state.plan.total, kept=self.state.step, quiet=quiet)
+        place = directory if world.first else None
+        self.journal = Journal(place, total=self.state.plan.total, kept=self.state.step, quiet=quiet)
         for words in passed:
             self.journal.say(f"passed over a checkpoint: {words}")
-        self.pace_from: tuple[int, float] | None = None
+        self.entered, self.settled = self.state.step, self.state.seconds
         self.pulse = ""
         self.began, self.saved = time.monotonic() - self.state.seconds, time.monotonic()
 
@@ -156,15 +156,15 @@ class Loop:
         self.pulse = f"loss {loss:.3f}  {speed:,.0f} images/s"
 
     def _replan(self, before: float) -> None:
-        step, seconds = self.state.step, self.state.seconds
-        if self.pace_from is None and step % FIRST_LOOK == SLOW_START:
-            self.pace_from = (step, seconds)
-        now = self.state.plan.at(step)
-        looked = any(before < share <= now for share in CLOCK_LOOKS) or step == FIRST_LOOK
-        if looked and self.pace_from is not None and step > self.pace_from[0]:
-            pace = (seconds - self.pace_from[1]) / (step - self.pace_from[0])
-            plan = self.state.plan.replan(step, 60 * (self.settings.minutes or 0) - seconds, pace)
-            self.state.plan = self.world.agree(plan)
+        """Measures the pace since this process settled in, and plans what is left where it is time to look."""
+        step, seconds, plan = self.state.step, self.state.seconds, self.state.plan
+        paced = step - self.entered - SLOW_START
+        if paced == 0:
+            self.settled = seconds
+        first = plan.total == UNMEASURED and step - self.entered >= FIRST_LOOK
+        if paced > 0 and (first or any(before < share <= plan.at(step) for share in CLOCK_LOOKS)):
+            left = 60 * (self.settings.minutes or 0) - seconds
+            self.state.plan = self.world.agree(plan.replan(step, left, (seconds - self.settled) / paced))
 
     def _due(self) -> bool:
         """Whether this is the end of an epoch by which another of the run's evaluations should have been made."""

@@ -22,6 +22,10 @@ def rate(settings: Settings, progress: float) -> float:
     return 1.0
 
 
+UNMEASURED = 10**9
+"""The steps of a run by the clock before its pace is known."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many steps a run has, and how far each stands along the schedule.
