@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sightline.errors import UserError
-from sightline.images.decode import ImageError, Limits, decode
+from sightline.images.decode import ImageError, Limits, decode, image_size
 
 WIDTH, HEIGHT = 62, 46
 
@@ -346,3 +346,24 @@ def test_a_callers_image_stays_as_it_was():
         warnings.simplefilter("error")
         decode(image)
     assert (image.mode, image.tobytes()) == ("RGBA", before)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_the_size_in_the_header_is_that_of_the_upright_image(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), kind, exif=exif)
+    (tmp_path / "image").write_bytes(data)
+    image = decode(data)
+    assert image_size(data) == image_size(tmp_path / "image") == image_size(image) == image.shape[:2]
+
+
+def test_the_size_of_what_is_no_image_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "text.jpg").write_text("no image")
+    for name, reason in (("pipe.jpg", "not a regular file"), ("text.jpg", "content"), ("none.jpg", "No such file")):
+        with pytest.raises(ImageError, match=reason):
+            image_size(tmp_path / name)
+    with pytest.raises(ImageError, match="limit"):
+        image_size(noise(), limits=Limits(pixels=100))

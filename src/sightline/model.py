@@ -90,6 +90,5 @@ def load(
     positions to another resolution by the method of the library that wrote them; `num_classes` gives a new, zero head
     where it differs. Every tensor is used or the load fails and names it, as it is called on disk. Raises UserError.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    bundle = load_bundle(source, architecture=architecture, image_size=size, num_classes=num_classes, **overrides)
+    bundle = load_bundle(source, architecture=architecture, image_size=image_size, num_classes=num_classes, **overrides)
     return Model(bundle.network, bundle.preprocess, bundle.labels, bundle.task, bundle.coverage)

@@ -95,9 +95,6 @@ class Network(nn.Module):
         return self.head.features(self.backbone(pixels, sizes))
 
 
-_PAIRS = ("image_size", "patch_size")
-
-
 def describe(
     name: str,
     num_classes: int | None = None,
@@ -117,9 +114,6 @@ def describe(
     for key in rest:
         if key not in known:
             raise UserError(f"model '{name}' has no setting '{key}'.{suggest(key, known)}")
-    for key in _PAIRS:
-        if isinstance(settings.get(key), int):
-            settings[key] = (settings[key],) * 2
     where = f"model '{name}'"
     return Architecture(
         name, row.family, from_json(backbone.Config, settings, where), task, from_json(head.Config, rest, where)

@@ -12,6 +12,14 @@ from sightline.types import Tokens
 FAMILIAR = {"img_size": "image_size", "act_layer": "activation", "representation_size": "pre_logits"}
 """Names of other libraries for settings that are called otherwise here."""
 
+_PAIRS = ("image_size", "patch_size")
+
+
+def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names they have here, and one number for a size as (height, width)."""
+    named = {FAMILIAR.get(key, key): value for key, value in settings.items()}
+    return {key: (value,) * 2 if key in _PAIRS and isinstance(value, int) else value for key, value in named.items()}
+
 
 class Backbone(nn.Module, ABC):
     """Pixels to `Tokens`.
@@ -55,6 +63,6 @@ class Backbone(nn.Module, ABC):
     def split(cls, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings by the field's usual names, told apart: what belongs to the backbone and what to its head."""
         own = cls.Config.__dataclass_fields__
-        named = {FAMILIAR.get(key, key): value for key, value in settings.items()}
+        named = settled(settings)
         mine = {key: value for key, value in named.items() if key in own}
         return mine, {key: value for key, value in named.items() if key not in own}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sightline.backbones.backbone import FAMILIAR
+from sightline.backbones.backbone import settled
 from sightline.checkpoints.files import Contents
 from sightline.checkpoints.rules import Found, Rule
 from sightline.errors import UserError, printable, suggest
@@ -159,10 +159,7 @@ def numbered(count: int) -> tuple[str, ...]:
 
 def adjusted(architecture: Architecture, **settings: Any) -> Architecture:
     """The architecture with settings of its backbone or head replaced. Raises UserError for names that neither has."""
-    settings = {FAMILIAR.get(name, name): value for name, value in settings.items()}
-    for name in ("image_size", "patch_size"):
-        if isinstance(settings.get(name), int):
-            settings[name] = (settings[name],) * 2
+    settings = settled(settings)
     parts = {"backbone": architecture.backbone, "head": architecture.head}
     known = [name for part in parts.values() for name in part.__dataclass_fields__]
     for name in settings:

@@ -133,6 +133,29 @@ def decode(
         raise ImageError(_name(source), str(refusal)) from refusal.__cause__
 
 
+def image_size(source: Source, *, limits: Limits | None = None) -> tuple[int, int]:
+    """The (height, width) of an image as `decode` would give it, from its header alone where it is a file.
+
+    An orientation that a PNG keeps behind its pixels is not in its header, and not seen. Raises ImageError (a
+    UserError) where the header cannot be read or is over a limit.
+    """
+    try:
+        return _image_size(source, limits or Limits())
+    except Refusal as refusal:
+        raise ImageError(_name(source), str(refusal)) from refusal.__cause__
+
+
+def _image_size(source: Source, limits: Limits) -> tuple[int, int]:
+    if isinstance(source, np.ndarray):
+        return source.shape[0], source.shape[1]
+    with _damage():
+        image = source if isinstance(source, Image.Image) else _open(_data(source, limits))
+        limits.check(image.height, image.width)
+        # Pillow gives the size of a TIFF as it will be once loaded, and that is upright.
+        sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
 def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
@@ -140,13 +163,7 @@ def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> U
         limits.check(source.height, source.width)
         with _damage():  # an image that PIL has opened may not have been read yet
             return _upright(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-        _check_bytes(len(data), limits)
-    elif isinstance(source, str | os.PathLike):
-        data = _read(Path(source), limits)
-    else:
-        raise Refusal(f"an image is a path, bytes, a PIL image or a NumPy array, not {type(source).__name__}")
+    data = _data(source, limits)
     _format(data)
     _check_whole(data)
     with _damage(len(data)):
@@ -155,6 +172,16 @@ def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> U
         if target is not None:
             _draft(image, target)
         return _upright(image)
+
+
+def _data(source: Source, limits: Limits) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+        _check_bytes(len(data), limits)
+        return data
+    if isinstance(source, str | os.PathLike):
+        return _read(Path(source), limits)
+    raise Refusal(f"an image is a path, bytes, a PIL image or a NumPy array, not {type(source).__name__}")
 
 
 @contextmanager

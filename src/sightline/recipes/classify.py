@@ -134,7 +134,7 @@ def choose(
     """The recipe for what is known and asked for, and its network with the weights it starts from."""
     torch.manual_seed(seed)
     if image_size is not None:
-        overrides["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        overrides["image_size"] = image_size
     if weights is None or str(weights) == "none":
         if recipe not in (None, "from-scratch"):
             raise UserError(f"recipe '{recipe}' starts from weights: name them with --weights")

@@ -43,8 +43,8 @@ class Demonstrated:
 def demo(out: Path, seed: int, epochs: float | None, device: str, *, quiet: bool) -> Demonstrated:
     """Trains on `builtin:digits`, weighs the model on held-out digits, predicts image files and explains them.
 
-    About a minute on two cores; about 99.4 % of the held-out digits are right (mean of three seeds). An earlier demo
-    in `out` is replaced. Raises UserError where `out` holds anything else.
+    A minute and a half on two cores; about 99.4 % of the held-out digits are right (mean of three seeds). An earlier
+    demo in `out` is replaced. Raises UserError where `out` holds anything else.
     """
     settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     Settings(seed=seed, **settings)

@@ -20,7 +20,7 @@ def from_scratch(facts: Facts, *, model: str | None = None, **overrides: Any) ->
 
     Small images are enlarged rather than cut into patches of one or two pixels; few images get a small network, gentle
     changes of place, size and angle, and no mirroring, which would change the meaning of letters and digits.
-    On the 1,437 training images of `builtin:digits`: about a minute on two cores, about 99.4 % of the held-out
+    On the 1,437 training images of `builtin:digits`: a minute and a half on two cores, about 99.4 % of the held-out
     digits right (mean of three seeds; docs/log.md has the runs).
     """
     architecture, why = _network(facts, model, overrides)

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sightline.datasets.image_set import ImageSet
+from sightline.datasets.loader import Picture
 from sightline.errors import UserError
 from sightline.images.augment import Augment
+from sightline.images.decode import ImageError, image_size
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture
 from sightline.schema import from_json, require, to_json
@@ -44,14 +44,11 @@ def facts(images: ImageSet) -> Facts:
     return Facts(len(images), len(images.classes), (int(height), int(width)))
 
 
-def _size(image: Path | np.ndarray) -> tuple[int, int] | None:
-    if isinstance(image, np.ndarray):
-        return image.shape[0], image.shape[1]
+def _size(image: Picture) -> tuple[int, int] | None:
     try:
-        with Image.open(image) as opened:
-            return opened.height, opened.width
-    except Exception:  # whatever is wrong with it, the loader will name it
-        return None
+        return image_size(image)
+    except ImageError:
+        return None  # the loader will name it
 
 
 @dataclass(frozen=True)
