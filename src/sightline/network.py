@@ -1,6 +1,7 @@
 """A backbone and its head: what `create_model` makes, and how it is written down."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sightline.errors import UserError, suggest
+from sightline.errors import UserError, printable, suggest
 from sightline.registry import find, variant, variants
 from sightline.schema import from_json, require, to_json
+
+_LARGEST, _DEEPEST, _MOST_TOKENS = 2**20, 2**10, 2**20
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,26 @@ class Architecture:
     task: str
     head: Any
 
+    def __post_init__(self) -> None:
+        """Refuses sizes far beyond every published network, before anything of that size is laid out."""
+        for part in (self.backbone, self.head):
+            for name, value in vars(part).items():
+                limit = _DEEPEST if name == "depth" else _LARGEST
+                for number in value if isinstance(value, tuple) else (value,):
+                    sane = not isinstance(number, int) or abs(number) <= limit
+                    require(sane, f"{name} {printable(value, 60)} is larger than any network's (at most {limit})")
+        size, patch = self.backbone.image_size, getattr(self.backbone, "patch_size", (1, 1))
+        tokens = math.prod(-(-pixels // side) for pixels, side in zip(size, patch, strict=True))
+        require(
+            tokens <= _MOST_TOKENS,
+            f"an image of {size[0]}×{size[1]} pixels makes too many patches: {tokens}, and {_MOST_TOKENS} are possible",
+        )
+
     def build(self) -> "Network":
-        """The network with random weights."""
+        """The network with random weights. Raises UserError where they would not fit into this machine's memory."""
+        needed = 4 * sum(math.prod(shape) for shape in self.shapes().values())
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        require(needed <= memory, f"the weights need {needed:,} bytes, and this machine has {memory:,}")
         return Network(self)
 
     def lay_out(self) -> "Network":

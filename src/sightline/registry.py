@@ -13,7 +13,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from sightline.errors import UserError, suggest
+from sightline.errors import UserError, printable, suggest
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def find(room: str, name: str, key: str, what: str) -> Any:
     """The entry `key` of a room's table; an unknown key is the user's fault and is answered with near names."""
     entries = table(room, name)
     if key not in entries:
-        raise UserError(f"unknown {what} '{key}'.{suggest(key, entries)} Known: {', '.join(sorted(entries)[:12])} …")
+        known = ", ".join(sorted(entries)[:12])
+        raise UserError(f"unknown {what} '{printable(key)}'.{suggest(key, entries)} Known: {known} …")
     return entries[key]
 
 
@@ -69,5 +70,7 @@ def variant(name: str) -> Variant:
     """The row called `name`. Raises UserError with near names where there is none."""
     rows = variants()
     if name not in rows:
-        raise UserError(f"unknown model '{name}'.{suggest(name, rows)} `sightline models` lists all {len(rows)}.")
+        raise UserError(
+            f"unknown model '{printable(name)}'.{suggest(name, rows)} `sightline models` lists all {len(rows)}."
+        )
     return rows[name]

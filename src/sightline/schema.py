@@ -4,6 +4,7 @@ Nothing unknown is ignored and nothing is guessed: a key that no field has, or a
 fault and is named. Ranges are checked by each class in `__post_init__`.
 """
 
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -68,7 +69,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif is_dataclass(hint):
         return value if isinstance(value, hint) else from_json(hint, value, where)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        if not isinstance(value, int) or abs(value) <= sys.float_info.max:  # JSON has no limit on its numbers
+            return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise UserError(f"{where}: expected {_plain(hint)}, found {printable(repr(value), 60)}")

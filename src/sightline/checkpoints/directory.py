@@ -1,6 +1,9 @@
-"""Our own model directory: `config.json` says everything, `model.safetensors` holds the weights."""
+"""Our own model directory: `config.json` says everything, `model.safetensors` holds the weights.
 
-import json
+`config.json` is the commit mark: it comes last, carries the SHA-256 of the weights and is sealed with its own, so that
+no flipped bit of either goes unnoticed.
+"""
+
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,16 +13,20 @@ from torch import Tensor
 
 from sightline.checkpoints.atomic import write_atomic
 from sightline.checkpoints.files import safetensors_of
+from sightline.checkpoints.hashes import hashes_of
 from sightline.checkpoints.measure import refuse_other
 from sightline.checkpoints.rules import Found, Rule, save
 from sightline.checkpoints.scheme import Bundle, Content, Coverage, Reading, Request, Scheme, Stored
+from sightline.checkpoints.sealed import SEAL, sealed
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, Network
 from sightline.schema import require
 
-_VERSION = 1
-_KEYS = ("format", "version", "task", "architecture", "labels", "preprocess", "versions")
+_VERSION = 2
+_KEYS = {"format", "version", "task", "architecture", "labels", "preprocess", "versions"}
+_UNSEALED = 1
+"""The version before seals and hashes; read as it is, and said."""
 _MOST_CELLS = 2**24
 """Limit on what is computed from a configuration instead of stored: cells of fixed and relative position tables."""
 
@@ -40,12 +47,13 @@ class Sightline(Scheme):
             raise UserError(
                 f"{where} is the weights file of a model directory; name the directory, with its config.json"
             )
-        for key in config.keys() ^ set(_KEYS):
+        number = config.get("version")
+        known = type(number) is int and number in (_VERSION, _UNSEALED)
+        require(known, f"{where} has version {printable(number)}; {_VERSION} is read")
+        keys = _KEYS if number == _UNSEALED else _KEYS | {SEAL, "weights"}
+        for key in sorted(config.keys() ^ keys):
             state = "unknown" if key in config else "missing"
             raise UserError(f"{where}: '{printable(key)}' in config.json is {state}")
-        require(
-            config["version"] == _VERSION, f"{where} has version {printable(config['version'])}; {_VERSION} is read"
-        )
         architecture = Architecture.from_json(config["architecture"], f"{where}: architecture")
         refuse_other(architecture, request, where)
         require(config["task"] == architecture.task, f"{where}: 'task' is not that of the architecture")
@@ -53,7 +61,9 @@ class Sightline(Scheme):
         labels = _labels(config["labels"], architecture, where)
         preprocess = _preprocess(config["preprocess"], where)
         found = Found(where, stored.contents.tensors)
-        return Reading(architecture, self.rules(architecture), found, preprocess, labels)
+        old = ("written without hashes, so damage would go unnoticed; saving it anew adds them",)
+        notes = old if number == _UNSEALED else ()
+        return Reading(architecture, self.rules(architecture), found, preprocess, labels, notes)
 
     def rules(self, architecture: Architecture) -> list[Rule]:
         return _identity(architecture.shapes())
@@ -74,9 +84,10 @@ class Sightline(Scheme):
             "preprocess": {**bundle.preprocess.to_json(), "fingerprint": bundle.preprocess.fingerprint},
             "versions": {name: version(name) for name in ("sightline", "torch")},
         }
+        weights = out / "model.safetensors"
         return {
-            out / "model.safetensors": safetensors_of(tensors),
-            out / "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+            weights: safetensors_of(tensors),
+            out / "config.json": lambda path: _commit(path, {**config, "weights": hashes_of(weights)}),
         }
 
 
@@ -98,6 +109,10 @@ def write_model(
     for path, content in {**first, **files}.items():
         write_atomic(path, content)
     return directory
+
+
+def _commit(path: Path, config: Mapping[str, Any]) -> None:
+    path.write_bytes(sealed(config, indent=2))
 
 
 def _identity(names: Iterable[str]) -> list[Rule]:

@@ -1,10 +1,8 @@
 """Safe reading: what a file says of itself is checked against its size before anything is believed or allocated."""
 
 import ast
-import json
 import math
 import stat
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sightline.checkpoints.pickles import DAMAGED, read_torch
+from sightline.checkpoints.archives import archive_of
+from sightline.checkpoints.sealed import SEAL, parse_json
+from sightline.checkpoints.torch_files import read_torch
 from sightline.errors import UserError, printable, suggest
 
 SAFETENSORS, NPZ, TORCH = (".safetensors",), (".npz",), (".pth", ".pt", ".bin", ".tar", ".ckpt")
 SUFFIXES = (*SAFETENSORS, *NPZ, *TORCH)
 
-_MAX_HEADER = 16 * 2**20  # bytes of names and shapes; the largest published models need a few
-_MAX_JSON = 16 * 2**20
+MAX_CONFIG = 2 * 2**20
+"""Bytes of a configuration: twenty thousand classes named twice need 1.5 MiB. Parsing takes up to twenty times that."""
+
+_MAX_HEADER = 2**20  # bytes of names and shapes: some ten thousand tensors, each of which costs memory and time
 _FREE_INFLATION, _MAX_INFLATION = 64 * 2**20, 20  # a compressed .npz may grow to this many bytes, or this many times
 
 
@@ -58,18 +60,25 @@ def read_tensors(path: Path) -> Contents:
         raise UserError(f"cannot read {printable(path)}: {fault.strerror or fault}") from fault
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError for anything else."""
-    if _size(path) > _MAX_JSON:
-        raise UserError(f"{printable(path)} is larger than any configuration ({_MAX_JSON >> 20} MiB)")
+def read_json(path: Path, limit: int = 64 * 2**20) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; one that `sealed` made only where it is whole.
+
+    Raises UserError for anything else.
+    """
+    where = printable(path)
+    if _size(path) > limit:
+        raise UserError(f"{where} is larger than it can be ({limit >> 20} MiB)")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unrepeated)
-    except (ValueError, RecursionError) as fault:
-        raise UserError(f"{printable(path)} is not readable JSON: {printable(fault)}") from fault
+        return parse_json(path.read_bytes(), where)
     except OSError as fault:
-        raise UserError(f"cannot read {printable(path)}: {fault.strerror}") from fault
-    if not isinstance(found, dict):
-        raise UserError(f"{printable(path)}: expected a JSON object, found {type(found).__name__}")
+        raise UserError(f"cannot read {where}: {fault.strerror}") from fault
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that `sealed` made. Raises UserError for any other, and for a damaged one."""
+    found = read_json(path)
+    if SEAL not in found:
+        raise UserError(f"{printable(path)} carries no seal: it is damaged, or was not written by this version")
     return found
 
 
@@ -78,7 +87,7 @@ def shards(index: Path) -> dict[str, set[str]]:
 
     Raises UserError where a name is not the plain name of a weights file, and so might leave the folder.
     """
-    places = read_json(index).get("weight_map")
+    places = read_json(index, MAX_CONFIG).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{printable(index)}: expected an object 'weight_map' of tensor names to file names")
     found: dict[str, set[str]] = {}
@@ -146,20 +155,13 @@ def _neighbours(folder: Path) -> list[str]:
         return []
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice in one object")
-    return found
-
-
 def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise UserError(f"{printable(path)} is cut off or not a safetensors file: its header does not fit into it")
     if length > _MAX_HEADER:
-        raise UserError(f"{printable(path)}: a header of {length >> 20} MiB is larger than any model needs")
+        raise UserError(f"{printable(path)}: a header of {length >> 10} KiB is larger than any model needs")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -168,24 +170,18 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
 
 
 def _read_npz(path: Path, size: int) -> dict[str, Tensor]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            total = sum(member.file_size for member in members)
-            if total > max(_FREE_INFLATION, _MAX_INFLATION * size):
-                raise UserError(f"{printable(path)} claims to hold {total >> 20} MiB in {size >> 10} KiB")
-            if len({member.filename for member in members}) != len(members):
-                raise UserError(f"{printable(path)}: a name appears twice")
-            tensors = {}
-            for member in members:
-                name = member.filename.removesuffix(".npy")
-                with archive.open(member) as file:
-                    tensors[name] = _read_array(file, member.file_size, f"{printable(path)}: '{printable(name)}'")
-            return tensors
-    except UserError:
-        raise
-    except DAMAGED as fault:
-        raise UserError(f"{printable(path)} is damaged or not an .npz file: {printable(fault)}") from fault
+    where = printable(path)
+    with archive_of(path) as archive:
+        members = archive.infolist()
+        total = sum(member.file_size for member in members)
+        if total > max(_FREE_INFLATION, _MAX_INFLATION * size):
+            raise UserError(f"{where} claims to hold {total >> 20} MiB in {size >> 10} KiB")
+        tensors = {}
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as file:
+                tensors[name] = _read_array(file, member.file_size, f"{where}: '{printable(name)}'")
+        return tensors
 
 
 def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

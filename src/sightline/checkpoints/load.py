@@ -1,5 +1,7 @@
 """A checkpoint of any known kind becomes a network that computes what the library that wrote it computes."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sightline.checkpoints import hub
-from sightline.checkpoints.files import SUFFIXES, read_json, read_sharded, read_tensors
+from sightline.checkpoints.files import MAX_CONFIG, SUFFIXES, read_json, read_sharded, read_tensors
+from sightline.checkpoints.hashes import require_hashes
 from sightline.checkpoints.rules import load
 from sightline.checkpoints.scheme import Bundle, Coverage, Reading, Request, Scheme, Stored, adjusted, numbered
+from sightline.checkpoints.sealed import SEAL
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, Network
@@ -57,8 +61,10 @@ def load_bundle(
     notes = [f"read as {name}", *stored.contents.notes, *reading.notes, *_precision(stored)]
     target, state = _adapted(reading, state, request, notes)
     network = _filled(target, state)
+    _require_finite(network, reading)
     count = getattr(target.head, "num_classes", 0)
     labels = reading.labels if reading.labels is not None and len(reading.labels) == count else numbered(count)
+    labels = _distinct(labels, notes)
     preprocess = _preprocess(reading, target)
     return Bundle(network, preprocess, labels, Coverage(pairs, reading.found.dropped, tuple(notes)), str(source))
 
@@ -84,15 +90,17 @@ def _open_directory(folder: Path, where: str) -> Stored:
     if not config.is_file():
         hint = f"; name one of its files ({', '.join(SUFFIXES)}) to read that alone" if weights else ""
         raise UserError(f"{where} has no config.json, so it is no model directory{hint}")
-    settings = read_json(config)
+    settings = read_json(config, MAX_CONFIG)
     if weights is None:
         raise UserError(f"{where} has no weights ({', '.join(_WEIGHTS)})")
+    if SEAL in settings:
+        require_hashes(weights, settings.get("weights"))
     processor = folder / "preprocessor_config.json"
     return Stored(
         printable(weights) if where == printable(folder) else f"{where} ({weights.name})",
         read_sharded(weights) if weights.suffix == ".json" else read_tensors(weights),
         settings,
-        read_json(processor) if processor.is_file() else None,
+        read_json(processor, MAX_CONFIG) if processor.is_file() else None,
     )
 
 
@@ -174,6 +182,32 @@ def _filled(architecture: Architecture, state: Mapping[str, Tensor]) -> Network:
         raise UserError(f"the settings asked for need other weights than the file has, beginning with '{odd[0]}'")
     network.load_state_dict(state, assign=True)
     return network.eval()
+
+
+def _distinct(labels: tuple[str, ...], notes: list[str]) -> tuple[str, ...]:
+    """Class names that differ; where a source gives two classes one name, each gets its number after it."""
+    times = Counter(labels)
+    if len(times) < len(labels):
+        notes.append("classes of equal names are told apart by their numbers")
+    return tuple(f"{label} ({i})" if times[label] > 1 else label for i, label in enumerate(labels))
+
+
+def _require_finite(network: Network, reading: Reading) -> None:
+    """Raises UserError where an image of four patches comes out as NaN or infinite, although each weight is finite."""
+    config = network.architecture.backbone
+    patches = getattr(config, "patch_size", (16, 16))
+    sides = [min(2 * patch, side) for patch, side in zip(patches, config.image_size, strict=True)]
+    pixels = torch.linspace(-1, 1, config.in_chans * math.prod(sides)).reshape(1, config.in_chans, *sides)
+    with torch.no_grad():
+        if network(pixels).isfinite().all():
+            return
+    found = reading.found
+    sizes = {name: float(found.tensors[name].abs().max()) for rule in reading.rules for name in rule.theirs}
+    most = max(sizes, key=lambda name: sizes[name])
+    raise UserError(
+        f"{found.where}: the network's output is not finite, although its weights are; the largest ({sizes[most]:.1e}) "
+        f"stands in tensor {found.named(most)}. The file is damaged or its training diverged"
+    )
 
 
 def _preprocess(reading: Reading, target: Architecture) -> Preprocess:

@@ -1,173 +1,312 @@
-"""Tensors out of PyTorch files, through the restricted reader alone and after a look at what the pickle asks for."""
+"""Pickles read as data: a small machine that knows what a state dict is made of and can call nothing.
 
-import argparse
-import lzma
-import mmap
+A pickle is a program for a stack machine. This one has the instructions that put plain values together; a name in the
+program stays a name, is never imported, and what would be called becomes a note of it. So there is nothing to restrict:
+no pickle can run code here, and none can allocate more than its own length accounts for.
+"""
+
+import io
 import pickletools
-import struct
-import zipfile
-import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sightline.errors import UserError, printable
 
-_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher", "student")
-"""Where training scripts put the weights beside their own state; averaged weights first, as timm takes them."""
+MAX_PICKLE = 16 * 2**20
+"""Bytes of names and shapes; a thousand tensors need less than one in a hundred of it."""
 
-_MAX_PICKLE = 64 * 2**20  # bytes of names and shapes
-_HARMLESS = {
+_MOST_STEPS = 2**19
+
+_HARMLESS = {  # known not to be tensors, and left aside
     "argparse Namespace",
-    "collections OrderedDict",
-    "collections defaultdict",
-    "collections Counter",
-    "torch Size",
     "torch device",
     "_codecs encode",
     "builtins set",
     "__builtin__ set",
     "torch.serialization _get_layout",
+    "numpy dtype",
+    "numpy.core.multiarray scalar",
+    "numpy._core.multiarray scalar",
 }
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+_DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
 
-DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    NotImplementedError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    OverflowError,
-)
-"""What Python's reader of archives raises where bytes are not as they should be; a UserError is a ValueError too."""
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names; only its name."""
+
+    module: str
+    name: str
 
 
-def read_torch(path: Path, size: int) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
-    """The state dict of a PyTorch file: tensors by name, the kind of file, and what was left aside.
+@dataclass(frozen=True)
+class Aside:
+    """What stands for a value that is no plain one."""
 
-    Raises UserError that names the file, and the class where a pickle asks for one that is not a tensor's.
+    what: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Numbers that lie elsewhere in the file under `key`: `count` of them, in units of `dtype`."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor as a pickle describes it; nothing in it is checked yet."""
+
+    storage: Any
+    offset: Any
+    size: Any
+    stride: Any
+    dtype: Any
+
+
+@dataclass
+class _Machine:
+    stack: list[Any] = field(default_factory=list)
+    marks: list[list[Any]] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    storages: dict[str, "Stored"] = field(default_factory=dict)
+
+    def to_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def name(self, module: Any, name: Any) -> Name:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a name is not text")
+        self.names.add(f"{module} {name}")
+        return Name(module, name)
+
+
+def read_pickle(stream: io.BytesIO, where: str) -> tuple[Any, dict[str, Stored]]:
+    """The value of the pickle that `stream` stands at, as plain data, `Described` tensors and `Aside`; its storages.
+
+    Dictionaries of every kind become `dict`. Raises UserError for damage, and for a pickle that names what no state
+    dict needs: loaded elsewhere, it could run code.
     """
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _inspect_archive(path)
-    else:
-        _inspect_legacy(path)
+    machine = _Machine()
+    damage: Exception | None = None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as fault:
-        # The restricted reader meets damage with errors of every kind; whichever it is, the file is at fault. Its own
-        # words are not passed on: they suggest switching the restriction off.
-        raise UserError(
-            f"{printable(path)} is damaged, or holds something other than tensors ({type(fault).__name__}); "
-            "ask for its weights as .safetensors"
-        ) from fault
-    tensors, notes = _state_dict(found, path)
-    _refuse_false_claims(tensors, path, size)
-    return tensors, "torch", notes
-
-
-def _state_dict(found: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    notes: list[str] = []
-    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
-        inner = next((key for key in _CONTAINERS if isinstance(found.get(key), Mapping) and found[key]), None)
-        if inner is None:
-            break
-        others = ", ".join(f"'{printable(key)}'" for key in found if key != inner)
-        notes.append(f"weights read from '{inner}'" + (f"; left aside: {others}" if others else ""))
-        found = found[inner]
-    pairs = found.items() if isinstance(found, Mapping) else ()
-    tensors = {key: value for key, value in pairs if isinstance(value, Tensor)}
-    if not tensors or not all(isinstance(key, str) for key in found):
-        raise UserError(f"{printable(path)} holds no state dict (tensors by name)")
-    rest = [f"'{printable(key)}'" for key in found if key not in tensors]
-    if rest:
-        notes.append(f"not tensors, left aside: {', '.join(rest[:12])}")
-    return tensors, tuple(notes)
-
-
-def _refuse_false_claims(tensors: Mapping[str, Tensor], path: Path, size: int) -> None:
-    """Refuses tensors of a kind without plain numbers, and those that claim more numbers than are there."""
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UserError(f"{printable(path)}: tensor '{printable(name)}' is sparse, quantised or without numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{printable(path)}: tensor '{printable(name)}' claims more values than the file holds")
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
-    if sum(storages.values()) > size:
-        raise UserError(f"{printable(path)}: its tensors claim more bytes than the file holds")
-
-
-def _inspect_archive(path: Path) -> None:
-    """Refuses an archive that is compressed, repeats a name, fails its checksums, or asks for more than tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise UserError(f"{printable(path)} is compressed, which PyTorch files never are")
-            if len({member.filename for member in members}) != len(members):
-                raise UserError(f"{printable(path)}: a name appears twice in the archive")
-            pickles = [member for member in members if member.filename.endswith("data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE:
-                raise UserError(f"{printable(path)} is a zip archive, but not one of PyTorch's")
-            with archive.open(pickles[0]) as file:
-                _refuse_code(file, path)
-            broken = archive.testzip()
-            if broken is not None:
-                raise UserError(f"{printable(path)} is damaged: '{printable(broken)}' fails its checksum")
-    except UserError:
-        raise
-    except DAMAGED as fault:
-        raise UserError(f"{printable(path)} is damaged: {printable(fault)}") from fault
-
-
-def _inspect_legacy(path: Path) -> None:
-    """The same look at the pickles that a file of PyTorch before 1.6 begins with."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if mapped[:1] != b"\x80":
-            raise UserError(f"{printable(path)} is not a PyTorch file")
-        for _ in range(5):  # magic number, version, system, the object, and the keys of its storages
-            _refuse_code(mapped, path)
-            if mapped[mapped.tell() : mapped.tell() + 1] != b"\x80":
-                return
-
-
-def _refuse_code(stream: Any, path: Path) -> None:
-    """Lists what a pickle names, without running it, and refuses what no tensor needs."""
-    names: set[str] = set()
-    strings: list[str] = []
-    damage = None
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("GLOBAL", "INST"):
-                names.add(str(argument))
-            elif opcode.name == "STACK_GLOBAL":
-                names.add(" ".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings = [*strings[-1:], argument]
-    except (ValueError, OverflowError) as fault:
-        damage = fault
-    strange = sorted(name for name in names if name not in _HARMLESS and not _is_tensor_part(name))
+        for steps, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if steps > _MOST_STEPS:
+                raise ValueError("it is longer than that of any state dict")
+            _STEPS.get(opcode.name, _unknown)(machine, argument)
+        (value,) = machine.stack
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError) as fault:
+        damage, value = fault, None
+    strange = sorted(name for name in machine.names if not _is_known(*name.split(" ", 1)))
     if strange:
         shown = ", ".join(f"'{printable(name.replace(' ', '.'))}'" for name in strange[:5])
         raise UserError(
-            f"{printable(path)} asks for {shown}: loading it could run code, so it is refused. "
+            f"{where} asks for {shown}: loading it could run code, so it is refused. "
             "Ask its author for .safetensors, or save its state dict alone"
         )
     if damage is not None:
-        raise UserError(f"{printable(path)} is damaged or not a PyTorch file: {printable(damage)}") from damage
+        raise UserError(f"{where} is damaged or not a PyTorch file: {printable(damage)}") from damage
+    return value, machine.storages
 
 
-def _is_tensor_part(name: str) -> bool:
-    """Whether a name is a storage, a number type, or one of the functions that put a tensor together."""
-    module, _, kind = name.partition(" ")
-    if module in ("torch._utils", "torch.nn.parameter"):
-        return kind.startswith("_rebuild_") or kind == "Parameter"
-    return module in ("torch", "torch.storage") and (
-        kind.endswith("Storage") or isinstance(getattr(torch, kind, None), torch.dtype)
-    )
+def _is_known(module: str, name: str) -> bool:
+    """Whether a name is one of a container, a storage, a number type, or a function that puts a tensor together."""
+    if f"{module} {name}" in _HARMLESS or (module, name) in _CALLS:
+        return True
+    if module == "torch._utils":
+        return name.startswith("_rebuild_")
+    return module in ("torch", "torch.storage") and (name in _STORAGES or name in _DTYPES)
+
+
+def _unknown(machine: _Machine, argument: Any) -> None:
+    raise ValueError("it has an instruction that no state dict needs")
+
+
+def _push(machine: _Machine, argument: Any) -> None:
+    machine.stack.append(argument)
+
+
+def _value(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
+    return lambda machine, argument: machine.stack.append(make())
+
+
+def _tuple(count: int) -> Callable[[_Machine, Any], None]:
+    def gather(machine: _Machine, argument: Any) -> None:
+        if len(machine.stack) < count:
+            raise ValueError("its stack is empty")
+        items = tuple(machine.stack[len(machine.stack) - count :])
+        del machine.stack[len(machine.stack) - count :]
+        machine.stack.append(items)
+
+    return gather
+
+
+def _of_mark(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], None]:
+    def gather(machine: _Machine, argument: Any) -> None:
+        made = make(machine.to_mark())
+        machine.stack.append(made)
+
+    return gather
+
+
+def _mark(machine: _Machine, argument: Any) -> None:
+    machine.marks.append(machine.stack)
+    machine.stack = []
+
+
+def _put(machine: _Machine, argument: Any) -> None:
+    machine.memo[len(machine.memo) if argument is None else int(argument)] = machine.stack[-1]
+
+
+def _get(machine: _Machine, argument: Any) -> None:
+    machine.stack.append(machine.memo[int(argument)])
+
+
+def _pop(machine: _Machine, argument: Any) -> None:
+    machine.stack.pop()
+
+
+def _append(machine: _Machine, items: list[Any]) -> None:
+    if isinstance(machine.stack[-1], list):
+        machine.stack[-1].extend(items)
+    elif not isinstance(machine.stack[-1], Aside):
+        raise ValueError("it appends to what is no list")
+
+
+def _set(machine: _Machine, items: list[Any]) -> None:
+    if isinstance(machine.stack[-1], dict):
+        machine.stack[-1].update(_pairs(items))
+    elif not isinstance(machine.stack[-1], Aside):
+        raise ValueError("it sets items of what is no dictionary")
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    keys = items[::2]
+    if len(items) % 2 or not all(isinstance(key, (str, int, float, bytes, type(None))) for key in keys):
+        raise ValueError("a dictionary has keys that are neither text nor numbers")
+    return dict(zip(keys, items[1::2], strict=True))
+
+
+def _global(machine: _Machine, argument: Any) -> None:
+    machine.stack.append(machine.name(*argument.split(" ", 1)))
+
+
+def _stack_global(machine: _Machine, argument: Any) -> None:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    machine.stack.append(machine.name(module, name))
+
+
+def _call(machine: _Machine, argument: Any) -> None:
+    arguments, what = machine.stack.pop(), machine.stack.pop()
+    if not isinstance(what, Name) or not isinstance(arguments, tuple):
+        raise ValueError("it calls what is no name")
+    make = _CALLS.get((what.module, what.name))
+    machine.stack.append(Aside(f"{what.module}.{what.name}") if make is None else make(*arguments))
+
+
+def _build(machine: _Machine, argument: Any) -> None:
+    machine.stack.pop()  # attributes, which no weights stand in
+    if not isinstance(machine.stack[-1], (dict, Aside, Described)):
+        raise ValueError("it gives attributes to a plain value")
+
+
+def _instance(machine: _Machine, argument: Any) -> None:
+    machine.to_mark()
+    name = machine.name(*argument.split(" ", 1))
+    machine.stack.append(Aside(f"{name.module}.{name.name}"))
+
+
+def _persistent(machine: _Machine, argument: Any) -> None:
+    kind, storage, key, _, count, *view = machine.stack.pop()
+    known = isinstance(storage, Name) and storage.module in ("torch", "torch.storage") and storage.name in _STORAGES
+    if kind != "storage" or not known or not isinstance(key, str) or type(count) is not int or any(view):
+        raise ValueError("it refers to numbers in an unknown way")
+    machine.stack.append(machine.storages.setdefault(key, Stored(key, _STORAGES[storage.name], count)))
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Described:
+    return Described(storage, offset, size, stride, getattr(storage, "dtype", None))
+
+
+def _typed_tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+) -> Any:
+    return Described(storage, offset, size, stride, _DTYPES.get(dtype.name) if isinstance(dtype, Name) else None)
+
+
+def _ordered(pairs: Any = (), *rest: Any) -> dict[Any, Any]:
+    return _pairs([part for key, value in pairs for part in (key, value)])
+
+
+_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *rest: tensor,
+    ("torch", "Size"): lambda sides=(): tuple(sides),
+    ("collections", "OrderedDict"): _ordered,
+    ("collections", "defaultdict"): lambda *rest: {},
+    ("collections", "Counter"): lambda *rest: {},
+}
+"""What is recognised where a pickle calls it, and the plain value that stands for the result."""
+
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, argument: None),
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"), _push),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"), _push),
+    **dict.fromkeys(("BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), _push),
+    "NONE": _value(lambda: None),
+    "NEWTRUE": _value(lambda: True),
+    "NEWFALSE": _value(lambda: False),
+    "EMPTY_TUPLE": _value(tuple),
+    "EMPTY_LIST": _value(list),
+    "EMPTY_DICT": _value(dict),
+    "EMPTY_SET": _value(lambda: Aside("set")),
+    "TUPLE1": _tuple(1),
+    "TUPLE2": _tuple(2),
+    "TUPLE3": _tuple(3),
+    "MARK": _mark,
+    "TUPLE": _of_mark(tuple),
+    "LIST": _of_mark(list),
+    "DICT": _of_mark(_pairs),
+    "FROZENSET": _of_mark(lambda items: Aside("frozenset")),
+    "OBJ": _of_mark(lambda items: Aside("object")),
+    "INST": _instance,
+    "APPEND": lambda machine, argument: _append(machine, [machine.stack.pop()]),
+    "APPENDS": lambda machine, argument: _append(machine, machine.to_mark()),
+    "ADDITEMS": lambda machine, argument: _append(machine, machine.to_mark()),
+    "SETITEM": lambda machine, argument: _set(machine, [machine.stack.pop(-2), machine.stack.pop()]),
+    "SETITEMS": lambda machine, argument: _set(machine, machine.to_mark()),
+    "POP": _pop,
+    "POP_MARK": lambda machine, argument: machine.to_mark().clear(),
+    "DUP": lambda machine, argument: machine.stack.append(machine.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _get),
+    "GLOBAL": _global,
+    "STACK_GLOBAL": _stack_global,
+    "REDUCE": _call,
+    "NEWOBJ": _call,
+    "BUILD": _build,
+    "BINPERSID": _persistent,
+}

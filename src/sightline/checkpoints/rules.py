@@ -1,5 +1,6 @@
 """A checkpoint format as a table that is read both ways: their names and shapes to ours, and back."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,8 @@ def load(rules: Sequence[Rule], found: Found, shapes: Mapping[str, torch.Size]) 
     _refuse_misfits(found, expected)
     state: dict[str, Tensor] = {}
     for rule in rules:
-        theirs = [as_float(found.tensors[name], found.named(name), found.where) for name in rule.theirs]
+        may_be_zero = any(map(_AT_ZERO.search, rule.ours))
+        theirs = [as_float(found.tensors[n], found.named(n), found.where, may_be_zero) for n in rule.theirs]
         state.update(zip(rule.ours, (t.contiguous() for t in rule.load(*theirs)), strict=True))
     return state
 
@@ -87,17 +89,27 @@ def save(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def as_float(tensor: Tensor, named: str, where: str) -> Tensor:
-    """The tensor in float32. Raises UserError where it is not of floating point, or not finite."""
+def as_float(tensor: Tensor, named: str, where: str, may_be_zero: bool = True) -> Tensor:
+    """The tensor in float32. Raises UserError where it is not of floating point, not finite, or zero throughout."""
     if not tensor.dtype.is_floating_point:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"{where}: tensor {named} holds {kind}, not floating-point numbers")
-    tensor = tensor.to(torch.float32)
-    # One pass without a copy: a sum is finite only where every term is; the second test settles an overflow.
-    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+    given, tensor = tensor, tensor.to(torch.float32)
+    # One pass without a copy: a sum is finite only where every term is, and not zero where not every term is; the
+    # second test settles an overflow or terms that cancel.
+    total = tensor.sum()
+    if not total.isfinite() and not tensor.isfinite().all():
         kind = "NaN" if tensor.isnan().any() else "an infinite number"
+        if given.to(torch.float64).isfinite().all():
+            kind = f"numbers too large for float32 (it is {str(given.dtype).removeprefix('torch.')})"
         raise UserError(f"{where}: tensor {named} holds {kind}; the file is damaged or its training diverged")
+    if not may_be_zero and total == 0 and tensor.numel() and not tensor.any():
+        raise UserError(f"{where}: tensor {named} is zero throughout; nothing would pass it, so the file is damaged")
     return tensor
+
+
+_AT_ZERO = re.compile(r"^head\.classifier\.|\.(attention\.out|mlp\.fc2)\.weight$|(?<!\.weight)$")
+"""What is rightly zero: new classifiers, residual branches that start closed, and whatever is no weight (biases …)."""
 
 
 def _on_disk(rule: Rule, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, torch.Size]]:
@@ -110,6 +122,7 @@ def _refuse_misfits(found: Found, expected: Mapping[str, torch.Size]) -> None:
     spare = [f"{found.named(name)} belongs to nothing" for name in found.tensors if name not in expected]
     misshapen = [
         f"{found.named(name)} has shape {list(found.tensors[name].shape)} where {list(shape)} is needed"
+        + " (it looks transposed)" * (found.tensors[name].shape == shape[::-1])
         for name, shape in expected.items()
         if name in found.tensors and found.tensors[name].shape != shape
     ]

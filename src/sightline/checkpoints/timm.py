@@ -16,7 +16,7 @@ from sightline.checkpoints.files import bare_file, safetensors_of
 from sightline.checkpoints.measure import Facts, divides, stored_architecture
 from sightline.checkpoints.rules import Found, Rule, same
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
-from sightline.errors import UserError, printable
+from sightline.errors import UserError, printable, suggest
 from sightline.images.interchange import from_timm, to_timm
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture
@@ -58,6 +58,22 @@ _AT_REST = {  # further arguments, and the values at which they change nothing
     "strict_img_size": (True, False),
     "weight_init": ("", "skip", "reset", "jax", "jax_nlhb", "moco"),
 }
+_SECTIONS = {
+    "architecture",
+    "num_classes",
+    "num_features",
+    "global_pool",
+    "model_args",
+    "pretrained_cfg",
+    "label_names",
+}
+_PUBLISHED = {  # what timm says of published weights
+    *("architecture", "classifier", "crop_mode", "crop_pct", "custom_load", "description", "file", "first_conv"),
+    *("fixed_input_size", "global_pool", "hf_hub_filename", "hf_hub_id", "input_size", "interpolation"),
+    *("label_descriptions", "label_names", "label_offset", "labels", "license", "mean", "min_input_size", "notes"),
+    *("num_classes", "num_features", "origin_url", "paper_ids", "paper_name", "pool_size", "pretrained", "source"),
+    *("state_dict", "std", "tag", "test_crop_pct", "test_input_size", "test_pool_size", "url"),
+}
 
 
 class Timm(Scheme):
@@ -73,6 +89,7 @@ class Timm(Scheme):
     def read(self, stored: Stored, request: Request) -> Reading:
         found = _unprefixed(stored)
         told, config = {}, stored.config or {}
+        notes = (f"the prefix '{found.prefix}' taken off every name",) * bool(found.prefix)
         if stored.config is not None:
             config = _sections(config, stored.where)
             told = _told(config, stored.where)
@@ -84,7 +101,8 @@ class Timm(Scheme):
             facts = replace(facts, image_size=image_size, architecture=name, told=told)
         architecture = stored_architecture(facts, request)
         rules = self._rules(architecture, class_row=not bare_positions)
-        return Reading(architecture, rules, found, _preprocess(config, architecture), _labels(config, architecture))
+        preprocess, labels = _preprocess(config, architecture), _labels(config, architecture)
+        return Reading(architecture, rules, found, preprocess, labels, notes)
 
     def rules(self, architecture: Architecture) -> list[Rule]:
         return self._rules(architecture, class_row=True)
@@ -243,6 +261,10 @@ def _sections(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in ("pretrained_cfg", "model_args"):
         found.setdefault(key, {})
         require(isinstance(found[key], dict), f"{where}: '{key}' in config.json is not an object")
+    for key in (*config, *found["pretrained_cfg"]):
+        # Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code.
+        known = key in _SECTIONS or key in _PUBLISHED
+        require(known, f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, _PUBLISHED)}")
     require(isinstance(found["architecture"], str), f"{where}: 'architecture' in config.json is not text")
     return found
 

@@ -17,7 +17,7 @@ from sightline.checkpoints.files import bare_file, safetensors_of
 from sightline.checkpoints.measure import Facts, divides, stored_architecture
 from sightline.checkpoints.rules import Found, Rule, same
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
-from sightline.errors import UserError, printable
+from sightline.errors import UserError, printable, suggest
 from sightline.images.interchange import from_transformers, to_transformers
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture
@@ -62,7 +62,7 @@ class Transformers(Scheme):
         size = architecture.backbone.image_size
         processor = {"size": {"height": size[0], "width": size[1]}} if stored.processor is None else stored.processor
         preprocess = from_transformers(processor).at(size)
-        labels = _labels(stored.config or {}, architecture.head.num_classes)
+        labels = _labels(stored.config or {}, architecture.head.num_classes, stored.where)
         return Reading(architecture, self._rules(architecture, prefix), found, preprocess, labels, notes)
 
     def rules(self, architecture: Architecture) -> list[Rule]:
@@ -199,6 +199,7 @@ def _facts(stored: Stored, prefix: str, kind: str) -> tuple[Facts, bool]:
             "pre_logits": kernel[0] if pooler else None,
         }
         return Facts(stored.where, len(shapes), settings, table[1] - 1), True
+    _refuse_unknown(stored.config, stored.where)
     config = {**_DEFAULTS, **stored.config}
     activation = config["hidden_act"]
     known = isinstance(activation, str) and activation in _ACTIVATIONS
@@ -245,6 +246,42 @@ _DEFAULTS: dict[str, Any] = {
 """What transformers takes where `config.json` is silent."""
 
 
+_GENERIC = {  # what every configuration of transformers may carry and what changes no output here
+    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "_num_labels"),
+    *("architectures", "chunk_size_feed_forward", "dtype", "encoder_stride", "finetuning_task", "id2label"),
+    *("initializer_range", "is_encoder_decoder", "label2id", "license", "model_type", "num_labels"),
+    *("output_attentions", "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "torchscript"),
+    *("transformers_version", "use_cache", "use_bfloat16", "use_mask_token"),
+}
+_TEXTUAL = {  # settings of text generation, which older releases wrote into every file
+    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("eos_token_id", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "is_decoder"),
+    *("length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+    *("num_return_sequences", "output_scores", "pad_token_id", "prefix", "remove_invalid_values", "repetition_penalty"),
+    *("return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature"),
+    *(
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "gradient_checkpointing",
+    ),
+}
+_EMPTY = {"pruned_heads": ({}, [], None), "tf_legacy_loss": (False, None)}  # known, and harmless where they say nothing
+
+
+def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
+    """Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code."""
+    for key, value in config.items():
+        if key in _EMPTY:
+            require(value in _EMPTY[key], f"{where}: '{key}' in config.json has no counterpart here")
+        elif key not in _DEFAULTS and key not in _GENERIC and key not in _TEXTUAL:
+            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, _DEFAULTS)}")
+
+
 def _pair(value: Any, name: str, where: str) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list) else (value, value)
     whole = len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
@@ -258,15 +295,16 @@ def _classes(config: Mapping[str, Any], stored: int) -> int:
     return len(labels) if isinstance(labels, Mapping) else config.get("num_labels", stored)
 
 
-def _labels(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+def _labels(config: Mapping[str, Any], count: int, where: str) -> tuple[str, ...] | None:
     """The class names in order, unless they are the ones that transformers makes up."""
     labels = config.get("id2label")
     if not count or not isinstance(labels, Mapping):
         return None
-    names = [labels.get(str(i)) for i in range(count)]
-    if not all(isinstance(name, str) for name in names) or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
-        return None
-    return tuple(names)
+    for i in range(count):
+        name = labels.get(str(i))
+        require(isinstance(name, str), f"{where}: 'id2label' in config.json has no name for class {i} of {count}")
+    names = tuple(labels[str(i)] for i in range(count))
+    return None if names == tuple(f"LABEL_{i}" for i in range(count)) else names
 
 
 def _used(stored: Stored, prefix: str, kind: str) -> Found:

@@ -32,6 +32,7 @@ class ClassifyConfig:
     def __post_init__(self) -> None:
         require(self.num_classes >= 0, f"num_classes must not be negative, and is {self.num_classes}")
         require(self.pre_logits is None or self.pre_logits > 0, f"pre_logits must be positive, not {self.pre_logits}")
+        require(0 <= self.norm_eps < 1, f"norm_eps must lie in [0, 1), not {self.norm_eps}")
         require(0 <= self.drop_rate < 1, f"drop_rate must lie in [0, 1), not {self.drop_rate}")
 
 

@@ -1,6 +1,7 @@
 """The model card: what a stranger has to know before using the model."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ The held-out images come from the same source as the training images; on images 
 
 def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any]) -> None:
     """Writes `README.md` of a model directory from its run record."""
-    shown = [printable(label, 40) for label in labels[:50]]
+    shown = [escape(printable(label, 40)) for label in labels[:50]]
     text = _CARD.format(
-        name=printable(folder.name),
-        folder=printable(folder.name),
+        name=escape(printable(folder.name)),
+        folder=printable(folder.name).replace("`", "'"),
         version=record["environment"]["packages"]["sightline"],
-        source=printable(record["data"]["source"]),
+        source=printable(record["data"]["source"]).replace("`", "'"),  # it stands between such marks
         top1=record["metrics"]["top1"],
         top5=record["metrics"]["top5"],
         evaluated=record["counts"]["evaluated"],

@@ -1,0 +1,154 @@
+"""Tensors out of PyTorch files: the pickle in them is read as data, and the numbers are mapped where they lie."""
+
+import io
+import math
+import mmap
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sightline.checkpoints.archives import archive_of
+from sightline.checkpoints.pickles import MAX_PICKLE, Aside, Described, Stored, read_pickle
+from sightline.errors import UserError, printable
+from sightline.schema import require
+
+_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher", "student")
+"""Where training scripts put the weights beside their own state; averaged weights first, as timm takes them."""
+
+_DEEPEST = 8  # containers in one another
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file of PyTorch before 1.6 begins with
+
+Place = tuple[int, int]
+"""Where numbers lie in a file: the first byte, and how many."""
+
+
+def read_torch(path: Path, size: int) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
+    """The state dict of a PyTorch file: tensors by name, the kind of file, and what was left aside.
+
+    Raises UserError that names the file, and the class where a pickle asks for one that is not a tensor's.
+    """
+    where = printable(path)
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\3\4"
+        value, places = _archive(path, size, where) if zipped else _legacy(path, size, where)
+        described, notes = _state_dict(value, where)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return _Numbers(mapped, places, where).tensors(described), "torch", notes
+
+
+class _Numbers:
+    """A mapped file and the places of the storages in it; tensors that share one there share it here."""
+
+    def __init__(self, mapped: mmap.mmap, places: Mapping[str, Place], where: str):
+        self.mapped, self.places, self.where = mapped, places, where
+        self.read: dict[str, Tensor] = {}
+
+    def tensors(self, described: Mapping[str, Described]) -> dict[str, Tensor]:
+        return {
+            name: self._tensor(tensor, f"{self.where}: tensor '{printable(name)}'")
+            for name, tensor in described.items()
+        }
+
+    def _tensor(self, tensor: Described, what: str) -> Tensor:
+        kind, size, stride = tensor.dtype, tensor.size, tensor.stride
+        numbers = (tensor.offset, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
+        plain = all(type(n) is int and 0 <= n < 2**62 for n in numbers) and len(size) == len(stride) <= 16
+        stored = tensor.storage
+        require(plain and isinstance(stored, Stored) and kind is not None, f"{what} is described in an unknown way")
+        start, length = self.places.get(stored.key, (0, -1))
+        held = length == stored.count * stored.dtype.itemsize and start + length <= len(self.mapped)
+        require(held, f"{what} lies in a storage that the file does not hold")
+        count = math.prod(size)
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else -1
+        fits = max(last + 1, count) * kind.itemsize <= length and length % kind.itemsize == 0
+        require(fits, f"{what} claims more values than the file holds")
+        if stored.key not in self.read:
+            data = torch.frombuffer(self.mapped, dtype=torch.uint8, count=length, offset=start) if length else None
+            self.read[stored.key] = torch.empty(0, dtype=torch.uint8) if data is None else data
+        data = self.read[stored.key]
+        aligned = data.data_ptr() % kind.itemsize == 0
+        return (data if aligned else data.clone()).view(kind).as_strided(size, stride, tensor.offset)
+
+
+def _state_dict(found: Any, where: str) -> tuple[dict[str, Described], tuple[str, ...]]:
+    notes: list[str] = []
+    for _ in range(_DEEPEST):
+        if not isinstance(found, dict) or any(isinstance(value, Described) for value in found.values()):
+            break
+        inner = next((key for key in _CONTAINERS if isinstance(found.get(key), dict) and found[key]), None)
+        if inner is None:
+            break
+        others = ", ".join(f"'{printable(key)}'" for key in list(found)[:13] if key != inner)
+        notes.append(f"weights read from '{inner}'" + (f"; left aside: {others}" if others else ""))
+        found = found[inner]
+    pairs = found.items() if isinstance(found, dict) else ()
+    tensors = {key: value for key, value in pairs if isinstance(value, Described)}
+    if not tensors or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{where} holds no state dict (tensors by name)")
+    for key, value in found.items():
+        odd = isinstance(value, Aside) and value.what.startswith("torch._utils._rebuild_")
+        require(not odd, f"{where}: tensor '{printable(key)}' is sparse, quantised or without numbers")
+    rest = [f"'{printable(key)}'" for key in found if key not in tensors]
+    if rest:
+        notes.append(f"not tensors, left aside: {', '.join(rest[:12])}")
+    return tensors, tuple(notes)
+
+
+def _archive(path: Path, size: int, where: str) -> tuple[Any, dict[str, Place]]:
+    """The pickle of a zip archive as data, and where its storages lie.
+
+    Refuses an archive that is compressed, repeats a name, claims more than it holds, or fails its checksums.
+    """
+    with archive_of(path) as archive, path.open("rb") as file:
+        members = archive.infolist()
+        plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        require(plain, f"{where} is compressed, which PyTorch files never are")
+        claimed = sum(member.file_size for member in members)
+        require(claimed <= size, f"{where}: its members claim more bytes than the file holds")
+        pickles = [member for member in members if member.filename.endswith("data.pkl")]
+        alone = len(pickles) == 1 and pickles[0].file_size <= MAX_PICKLE
+        require(alone, f"{where} is a zip archive, but not one of PyTorch's")
+        value, _ = read_pickle(io.BytesIO(archive.read(pickles[0])), where)
+        root = pickles[0].filename.removesuffix("data.pkl")
+        orders = [archive.read(member) for member in members if member.filename == f"{root}byteorder"]
+        require(orders in ([], [b"little"]), f"{where} was written by a machine of the other byte order")
+        broken = archive.testzip()
+        require(broken is None, f"{where} is damaged: '{printable(broken)}' fails its checksum")
+        places = {}
+        for member in members:
+            key = member.filename.removeprefix(f"{root}data/")
+            if key.isdecimal() and key != member.filename:
+                file.seek(member.header_offset + 26)  # of the local header: the lengths of two texts behind it
+                texts = struct.unpack("<HH", file.read(4))
+                places[key] = (member.header_offset + 30 + sum(texts), member.file_size)
+        return value, places
+
+
+def _legacy(path: Path, size: int, where: str) -> tuple[Any, dict[str, Place]]:
+    """The same of a file of PyTorch before 1.6: five pickles, then each storage with its count before it."""
+    with path.open("rb") as file:
+        stream = io.BytesIO(file.read(MAX_PICKLE))
+        magic, _ = read_pickle(stream, where)
+        require(type(magic) is int and magic == _MAGIC, f"{where} is not a PyTorch file")
+        protocol, _ = read_pickle(stream, where)
+        system, _ = read_pickle(stream, where)
+        little = isinstance(system, dict) and system.get("little_endian") is True
+        require(protocol == _PROTOCOL and little, f"{where} is of a PyTorch that is not read, or of another machine")
+        value, storages = read_pickle(stream, where)
+        keys, _ = read_pickle(stream, where)
+        known = isinstance(keys, list) and all(isinstance(key, str) for key in keys) and set(keys) == set(storages)
+        require(known and len(set(keys)) == len(keys), f"{where} is damaged: its list of storages does not fit")
+        places, at = {}, stream.tell()
+        for key in keys:
+            file.seek(at)
+            length = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
+            require(length <= size - at - 8, f"{where} is cut off, or claims more values than it holds")
+            places[key] = (at + 8, length)
+            at += 8 + length
+        require(at == size, f"{where} has {size - at} bytes behind its last tensor")
+        return value, places
