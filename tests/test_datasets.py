@@ -229,12 +229,13 @@ def test_clutter_is_ignored_and_told(tmp_path):
     assert notes == [
         "classes without images: 'empty'",
         "images left out, being in no class folder: 'loose.png'",
-        "left out, being no image files: 'notes.txt', 'pipe.jpg'",
+        "left out, being no image files: 'notes.txt'",
+        "left out, being pipes, devices or links that lead nowhere: 'pipe.jpg'",
         "hidden files and folders left out: 5",
     ]
 
 
-def test_links(tmp_path):
+def test_links(tmp_path, monkeypatch):
     root = touch(tmp_path / "data", "a/1.jpg", "a/sub/2.jpg", "b/1.jpg")
     outside = touch(tmp_path / "elsewhere", "3.jpg", "deep/4.jpg")
     (root / "a" / "5.jpg").symlink_to(outside / "3.jpg")
@@ -248,12 +249,31 @@ def test_links(tmp_path):
     (root / "c").symlink_to(outside)
     (outside / "deep" / "back").symlink_to(root)
     images, notes = read_classes(root)
+    assert names(images) == ["a/1.jpg", "a/sub/2.jpg", "b/1.jpg"]
+    assert notes == [
+        "left out, being pipes, devices or links that lead nowhere: 'gone.jpg', 'round.jpg'",
+        "left out, being links that lead out of the folder: '5.jpg', 'c', 'more' and 1 more; "
+        "if they are meant, set SIGHTLINE_FOLLOW_LINKS=1",
+        "links to folders that are read already, not followed: 3",
+    ]
+    assert "data/a/5.jpg" in names(read_classes(tmp_path)[0])  # within this root it leads nowhere else
+    monkeypatch.setenv("SIGHTLINE_FOLLOW_LINKS", "1")
+    images, notes = read_classes(root)
     expected = ["1.jpg", "5.jpg", "more/3.jpg", "more/deep/4.jpg", "sub/2.jpg"]
     assert names(images) == [*(f"a/{name}" for name in expected), "b/1.jpg", "c/3.jpg", "c/deep/4.jpg"]
-    assert notes == [
-        "left out, being no image files: 'gone.jpg', 'round.jpg'",
-        "links to folders that are read already, not followed: 6",
-    ]
+    assert notes[1:] == ["links to folders that are read already, not followed: 6"]
+
+
+def test_a_folder_of_nothing_but_links_says_how_they_are_followed(tmp_path):
+    touch(tmp_path / "elsewhere", "1.jpg", "2.jpg")
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in (1, 2):
+            (tmp_path / "data" / label / f"{i}.jpg").symlink_to(tmp_path / "elsewhere" / f"{i}.jpg")
+    message = fault(tmp_path / "data")
+    assert "no images found" in message
+    assert "4 links that lead out" in message
+    assert "SIGHTLINE_FOLLOW_LINKS=1" in message
 
 
 def test_file_names_that_are_not_utf8_survive(tmp_path):
@@ -317,7 +337,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
 def test_sources_that_are_no_dataset(tmp_path):
     assert "Did you mean digits?" in fault("builtin:digit")
     assert "does not exist" in fault(tmp_path / "nowhere")
-    assert "neither a folder nor a CSV file" in fault(touch(tmp_path, "x.zip") / "x.zip")
+    assert "is none of these" in fault(touch(tmp_path, "x.rar") / "x.rar")
     assert "between 0 and 1" in fault("builtin:digits", held_out=1.0)
     (tmp_path / "not.csv").mkdir()
     assert "no images" in fault(tmp_path / "not.csv")

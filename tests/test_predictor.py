@@ -263,8 +263,8 @@ class TestFiles:
         assert list(passing) == answers[1:]
         assert list(csv.reader(StringIO(stream.getvalue(), newline=""))) == [
             ["path", "label", "index", "score", "error"],
-            ["@a.png", '=1+1,"x"\n', "1", "0.30000000000000004", ""],
-            ["@a.png", "ant", "0", "0.0", ""],
+            ["./@a.png", '\'=1+1,"x"\n', "1", "0.30000000000000004", ""],
+            ["./@a.png", "ant", "0", "0.0", ""],
             ["b.png", "", "", "", "cannot decode: no"],
         ]
 

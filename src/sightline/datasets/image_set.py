@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from sightline.images.decode import Stored
+
 
 class Sample(NamedTuple):
-    """One image: a file, or pixels [h, w, 3]; its class index, -1 where it has none; and its name for people."""
+    """One image: a file, a member of an archive, or pixels [h, w, 3]; its class index, -1 for none; its name."""
 
-    image: Path | UInt8[np.ndarray, "h w 3"]
+    image: Path | Stored | UInt8[np.ndarray, "h w 3"]
     target: int
     name: str
 
@@ -45,12 +47,13 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
-    """Samples kept as columns: names, class indices, and either the folder that holds the files or their pixels."""
+    """Samples kept as columns: names, class indices, and the folder or archive of the files, or their pixels."""
 
     names: Sequence[str]
     targets: Int64[np.ndarray, " n"]
     root: Path = Path()
     arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]] | None = None
+    stored: Mapping[str, Stored] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.targets)
@@ -61,12 +64,19 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, i: int) -> Sample:  # ty: ignore[incompatible-method-override]  (no slices)
         name = self.names[i]
-        return Sample(self.root / name if self.arrays is None else self.arrays[i], int(self.targets[i]), name)
+        if self.arrays is not None:
+            return Sample(self.arrays[i], int(self.targets[i]), name)
+        return Sample(self.root / name if self.stored is None else self.stored[name], int(self.targets[i]), name)
 
     def content(self, i: int, name: str) -> bytes:
-        """Of sample i, called `name`: the size of its file in bytes (-1 where it is gone), or its pixels' digest."""
+        """Of sample i, called `name`: its file's size in bytes (-1 where it is gone), size and CRC-32, or a digest.
+
+        Of a member of an archive the CRC-32 is known, and of pixels the digest is computed.
+        """
         if self.arrays is not None:
             return f"{self.arrays[i].shape} {hashlib.sha256(self.arrays[i].tobytes()).hexdigest()}".encode()
+        if self.stored is not None:
+            return self.stored[name].content
         try:
             return b"%d" % os.stat(os.path.join(self.root, name)).st_size  # noqa: PTH116, PTH118  (a Path costs more)
         except OSError:
@@ -76,7 +86,7 @@ class Samples(Sequence[Sample]):
         """These rows alone, in the order given."""
         chosen = rows.tolist()
         arrays = None if self.arrays is None else [self.arrays[i] for i in chosen]
-        return Samples(Names(self.names[i] for i in chosen), self.targets[rows], self.root, arrays)
+        return Samples(Names(self.names[i] for i in chosen), self.targets[rows], self.root, arrays, self.stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +122,11 @@ class ImageSet:
         assert self.classes == other.classes
         mine, theirs = self.samples, other.samples
         assert mine.root == theirs.root
+        assert mine.stored is theirs.stored
         arrays = None if mine.arrays is None or theirs.arrays is None else [*mine.arrays, *theirs.arrays]
         names = Names([*mine.names, *theirs.names])
-        return ImageSet(self.classes, Samples(names, np.concatenate([mine.targets, theirs.targets]), mine.root, arrays))
+        targets = np.concatenate([mine.targets, theirs.targets])
+        return ImageSet(self.classes, Samples(names, targets, mine.root, arrays, mine.stored))
 
     def renumbered(self, classes: tuple[str, ...]) -> "ImageSet":
         """The same images with the same classes in another order."""
@@ -126,7 +138,8 @@ class ImageSet:
         """SHA-256 (hexadecimal) of what the set consists of, wherever it lies.
 
         It covers the classes and their order, and of each sample in turn the name, the class and the content as far as
-        that is cheap to know: pixels of arrays, but only the sizes of files, in bytes (-1 where a file is gone).
+        that is cheap to know: pixels of arrays, sizes and checksums of what lies in an archive, but only the sizes of
+        files, in bytes (-1 where a file is gone).
         """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for i, (name, target) in enumerate(zip(self.samples.names, self.targets.tolist(), strict=True)):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from sightline.datasets.archive import SUFFIXES, read_archive
 from sightline.datasets.folder import read_splits
 from sightline.datasets.split import Splits
 from sightline.datasets.table import read_table
@@ -13,7 +14,9 @@ _BUILTIN = "builtin:"
 
 
 def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) -> Splits:
-    """Opens a folder of class folders, a CSV file with `path,label`, or `builtin:NAME`; nothing is written.
+    """Opens a folder of class folders, an archive of one, a CSV file with `path,label`, or `builtin:NAME`.
+
+    Nothing is written.
 
     Where the data has no validation part of its own, `held_out` (0 to 1) of each class is set apart by `seed`. The
     built-in sets are the `BUILTIN` tables of this room: from (seed, held_out) to `Splits`. Raises UserError for what is
@@ -26,5 +29,8 @@ def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) ->
         return read_splits(path, seed=seed, held_out=held_out)
     if path.suffix.lower() == ".csv":
         return read_table(path, seed=seed, held_out=held_out)
-    problem = "is neither a folder nor a CSV file" if os.path.exists(path) else "does not exist"  # noqa: PTH110
-    raise UserError(f"{printable(path)} {problem}; a dataset is a folder, a CSV file, or one like builtin:digits")
+    if os.path.exists(path) and path.name.lower().endswith(SUFFIXES):  # noqa: PTH110
+        return read_archive(path, seed=seed, held_out=held_out)
+    known = f"a folder, an archive ({', '.join(SUFFIXES)}), a CSV file, or one like builtin:digits"
+    problem = "is none of these" if os.path.exists(path) else "does not exist"  # noqa: PTH110
+    raise UserError(f"{printable(path)} {problem}: a dataset is {known}")

@@ -1,4 +1,8 @@
-"""Finds image files below a folder, and says what else lies there; nothing is ever written."""
+"""Finds image files below a folder, and says what else lies there; nothing is ever written.
+
+Links are followed within the root of a dataset. One that leads out of it is not, because whoever made the folder would
+then choose what is read elsewhere, unless `SIGHTLINE_FOLLOW_LINKS=1` says that this is meant.
+"""
 
 import os
 from collections.abc import Iterable
@@ -15,7 +19,7 @@ EXTENSIONS = (
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".avif",
 )
 # fmt: on
-_CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"})
+CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"})
 
 
 @dataclass
@@ -26,6 +30,9 @@ class Skipped:
     loops: int = 0
     loose: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """Sentences for people."""
@@ -34,27 +41,51 @@ class Skipped:
             told.append(f"images left out, being in no class folder: {some(sorted(self.loose), 3)}")
         if self.others:
             told.append(f"left out, being no image files: {some(sorted(self.others), 3)}")
+        if self.odd:
+            told.append(f"left out, being pipes, devices or links that lead nowhere: {some(sorted(self.odd), 20)}")
+        if self.folders:
+            told.append(f"folders that are named like images: {some(sorted(self.folders), 3)}")
+        if self.outside:
+            told.append(f"left out, being links that lead out of the folder: {some(sorted(self.outside), 3)}; {_MEANT}")
         if self.hidden:
             told.append(f"hidden files and folders left out: {self.hidden}")
         if self.loops:
             told.append(f"links to folders that are read already, not followed: {self.loops}")
         return told
 
+    def hint(self) -> str:
+        """What to add to a complaint that there are too few images."""
+        many = len(self.outside)
+        return f"; {many:,} links that lead out of the folder are not followed: {_MEANT}" if many else ""
 
-def contents(folder: str, skipped: Skipped) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the image files in a folder, sorted. Raises UserError where it is unreadable."""
+
+_MEANT = "if they are meant, set SIGHTLINE_FOLLOW_LINKS=1"
+
+
+def contents(folder: str, skipped: Skipped, *, home: str | None = None) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the image files in a folder, sorted. Raises UserError where it is unreadable.
+
+    Links that lead out of `home` are left out.
+    """
+    bounds = None if home is None or os.environ.get("SIGHTLINE_FOLLOW_LINKS") == "1" else os.path.realpath(home)
     folders, images = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+                if entry.name.startswith(".") or entry.name.lower() in CLUTTER:
                     skipped.hidden += 1
+                elif bounds is not None and entry.is_symlink() and leads_out(entry.path, bounds):
+                    skipped.outside.append(entry.name)
                 elif _is(entry, directory=True):
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(EXTENSIONS) and _is(entry, directory=False):
+                    if entry.name.lower().endswith(EXTENSIONS):
+                        skipped.folders.append(entry.name)
+                elif not entry.name.lower().endswith(EXTENSIONS):
+                    skipped.others.append(entry.name)
+                elif _is(entry, directory=False):
                     images.append(entry.name)
                 else:
-                    skipped.others.append(entry.name)
+                    skipped.odd.append(entry.name)
     except OSError as error:
         raise UserError(f"{printable(folder)}: cannot read the folder: {error.strerror or error}") from error
     return sorted(folders), sorted(images)
@@ -66,11 +97,18 @@ def _is(entry: os.DirEntry, *, directory: bool) -> bool:
     return entry.is_dir() if directory else entry.is_file()
 
 
-def images_below(root: str, skipped: Skipped, below: str = "") -> list[str]:
+def leads_out(link: str, home: str) -> bool:
+    """Whether a link leads to something that is there, and is not below `home`."""
+    real = os.path.realpath(link)
+    return real != home and not real.startswith(f"{home.rstrip(os.sep)}{os.sep}") and os.path.exists(real)  # noqa: PTH110
+
+
+def images_below(root: str, skipped: Skipped, below: str = "", *, anywhere: bool = False) -> list[str]:
     """Image files in the folder `below` (as 'a/b/') of a root and all under it, relative to the root, sorted.
 
     Links to folders are followed, after all that lies there without them; every folder is read once, and none that
-    contains `below`. Raises UserError for a folder that cannot be read.
+    contains `below`. Links that lead out of the root are left out, unless `anywhere` is allowed. Raises UserError for
+    a folder that cannot be read.
     """
     home = os.path.realpath(root)
     steps = below.split("/")[:-1]
@@ -85,7 +123,7 @@ def images_below(root: str, skipped: Skipped, below: str = "") -> list[str]:
             skipped.loops += 1
             continue
         entered.add(real)
-        folders, images = contents(_join(root, here), skipped)
+        folders, images = contents(_join(root, here), skipped, home=None if anywhere else home)
         found += [f"{here}{name}" for name in images]
         for name in folders:
             (linked if os.path.islink(_join(root, here + name)) else plain).append(f"{here}{name}/")  # noqa: PTH114
@@ -118,4 +156,4 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
 def _expand(name: str) -> list[str]:
     if not os.path.isdir(name):  # noqa: PTH112  (False, not an exception, for names that cannot exist)
         return [name]
-    return [_join(name, file) for file in sorted(images_below(name, Skipped()), key=natural)]
+    return [_join(name, file) for file in sorted(images_below(name, Skipped(), anywhere=True), key=natural)]

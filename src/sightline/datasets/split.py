@@ -70,10 +70,13 @@ def check_classes(train: Collection[str], val: Collection[str], where: str) -> N
         raise UserError(f"{where}: the two parts have different classes; {'; '.join(gaps)}")
 
 
-def check_several(classes: Sequence[str], where: str) -> None:
-    """Raises UserError for fewer than two classes."""
+def check_several(classes: Sequence[str], where: str, hint: str = "") -> None:
+    """Raises UserError for fewer than two classes; a `hint` may say what was left out."""
     if not classes:
-        raise UserError(f"{where}: no images found in class folders; put those of each class into a folder of its own")
+        remedy = hint or "; put those of each class into a folder of its own"
+        raise UserError(f"{where}: no images found in class folders{remedy}")
     if len(classes) < 2:
         only = f"only one class has images ('{printable(classes[0])}')"
-        raise UserError(f"{where}: {only}, and a classifier needs two; if classes lie deeper, name that folder")
+        raise UserError(
+            f"{where}: {only}, and a classifier needs two{hint or '; if classes lie deeper, name that folder'}"
+        )

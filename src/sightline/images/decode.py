@@ -11,11 +11,9 @@ import stat
 import struct
 import threading
 import warnings
-import zlib
-from collections.abc import Callable, Generator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +22,32 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFile
 
 from sightline.errors import UserError, printable
+from sightline.images.limits import Limits, Refusal, amount
+from sightline.images.structure import Counted, check_structure, check_webp
 
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
+
+class Stored(ABC):
+    """An image that lies within something else, such as an archive; light, and fit to be sent to other processes."""
+
+    size: int
+    """Its number of bytes."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """What it is called, for people."""
+
+    @property
+    @abstractmethod
+    def content(self) -> bytes:
+        """What stands for its bytes: equal where they are."""
+
+    @abstractmethod
+    def read(self, limit: int) -> bytes:
+        """Its first `limit` bytes at most. Raises Refusal where they cannot be had."""
+
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | Stored
 
 
 class ImageError(UserError):
@@ -37,55 +59,6 @@ class ImageError(UserError):
 
     def __str__(self) -> str:
         return f"{self.file}: cannot decode: {self.reason}"
-
-
-class Refusal(Exception):  # noqa: N818  (it never leaves this file: `decode` gives it the name of the file)
-    """The reason why an image is not read."""
-
-
-def _environment(name: str, default: int) -> Callable[[], float]:
-    def read() -> float:
-        text = os.environ.get(name, "")
-        try:
-            return float(text or default)
-        except ValueError:
-            raise UserError(f"{name} has to be a number, not '{printable(text)}'") from None
-
-    return read
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one image may cost before it is decoded; each limit can be raised by the caller or by the environment.
-
-    `bytes` bounds the file, `pixels` height × width, `aspect` the longer side over the shorter. The environment's names
-    are SIGHTLINE_IMAGE_BYTES, SIGHTLINE_IMAGE_PIXELS and SIGHTLINE_IMAGE_ASPECT; `inf` lifts a limit.
-    """
-
-    bytes: int | float = field(default_factory=_environment("SIGHTLINE_IMAGE_BYTES", 2**28))
-    pixels: int | float = field(default_factory=_environment("SIGHTLINE_IMAGE_PIXELS", 50_000_000))
-    aspect: int | float = field(default_factory=_environment("SIGHTLINE_IMAGE_ASPECT", 5_000))
-
-    def __post_init__(self) -> None:
-        for name in ("bytes", "pixels", "aspect"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"the limit on image {name} has to be positive, not {getattr(self, name)}")
-
-    def check(self, height: int, width: int) -> None:
-        """Raise Refusal where an image of this size is over a limit."""
-        if min(height, width) < 1:
-            raise Refusal(f"the image is {width}×{height}: it has no pixels")
-        if height * width > self.pixels:
-            size = f"{width}×{height} = {height * width / 1e6:.1f} million pixels"
-            raise Refusal(f"{size} is over the limit of {self.pixels / 1e6:g} million; {_raise('pixels')}")
-        if max(height, width) > self.aspect * min(height, width):
-            ratio = max(height, width) / min(height, width)
-            size = f"{width}×{height} has an aspect ratio of {ratio:.0f}:1"
-            raise Refusal(f"{size}, over the limit of {self.aspect:g}:1; {_raise('aspect')}")
-
-
-def _raise(limit: str) -> str:
-    return f"raise it with SIGHTLINE_IMAGE_{limit.upper()} or Limits({limit}=…)"
 
 
 class Format(NamedTuple):
@@ -145,11 +118,60 @@ def image_size(source: Source, *, limits: Limits | None = None) -> tuple[int, in
         raise ImageError(_name(source), str(refusal)) from refusal.__cause__
 
 
+class Header(NamedTuple):
+    """What the header of an image says: its format, Pillow's name of its mode, its upright size in pixels.
+
+    `orientation` is that of EXIF (1 to 8, 1 where none is told); `several` says that there is more than one frame.
+    """
+
+    format: str
+    mode: str
+    height: int
+    width: int
+    orientation: int
+    several: bool
+
+
+def read(source: Source, *, limits: Limits | None = None) -> bytes:
+    """The bytes of a path or of bytes, as `decode` would take them. Raises ImageError (a UserError) where it would."""
+    try:
+        return _data(source, limits or Limits())
+    except Refusal as refusal:
+        raise ImageError(_name(source), str(refusal)) from refusal.__cause__
+
+
+def header(source: Source, *, limits: Limits | None = None) -> Header:
+    """The header of a path or of bytes, without decoding it.
+
+    Raises ImageError (a UserError) where it cannot be read or is over a limit.
+    """
+    try:
+        limits = limits or Limits()
+        data = _data(source, limits)
+        with _damage():
+            image = _open(data, limits)
+            height, width = _image_size(image, limits)
+            name = next(name for name, known in FORMATS.items() if known.begins(data))
+            return Header(name, image.mode, height, width, _orientation(image), _several(image))
+    except Refusal as refusal:
+        raise ImageError(_name(source), str(refusal)) from refusal.__cause__
+
+
+def _several(image: ImageFile.ImageFile) -> bool:
+    if image.format != "TIFF":
+        return bool(getattr(image, "is_animated", False))
+    try:
+        image.seek(1)  # Pillow would count all pages
+    except EOFError:
+        return False
+    return True
+
+
 def _image_size(source: Source, limits: Limits) -> tuple[int, int]:
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
     with _damage():
-        image = source if isinstance(source, Image.Image) else _open(_data(source, limits))
+        image = source if isinstance(source, Image.Image) else _open(_data(source, limits), limits)
         limits.check(image.height, image.width)
         # Pillow gives the size of a TIFF as it will be once loaded, and that is upright.
         sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
@@ -165,10 +187,11 @@ def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> U
             return _upright(source)
     data = _data(source, limits)
     _format(data)
-    _check_whole(data)
+    check_structure(data)
     with _damage(len(data)):
-        image = _open(data)
+        image = _open(data, limits)
         limits.check(image.height, image.width)
+        _check_tiles(image)
         if target is not None:
             _draft(image, target)
         return _upright(image)
@@ -177,10 +200,14 @@ def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> U
 def _data(source: Source, limits: Limits) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
-        _check_bytes(len(data), limits)
+        limits.check_bytes(len(data))
         return data
     if isinstance(source, str | os.PathLike):
         return _read(Path(source), limits)
+    if isinstance(source, Stored):
+        limits.check_bytes(source.size)
+        _format(source.read(32))
+        return source.read(source.size)
     raise Refusal(f"an image is a path, bytes, a PIL image or a NumPy array, not {type(source).__name__}")
 
 
@@ -191,55 +218,36 @@ def _damage(size: int | None = None) -> Generator[None]:
         yield
     except Refusal:
         raise
+    except MemoryError as error:
+        raise Refusal("there is too little memory for it") from error
     except Exception as error:
         if "truncated" in str(error):
-            raise Refusal("image file is truncated" + (f" (it ends after {_size(size)})" if size else "")) from error
+            raise Refusal("image file is truncated" + (f" (it ends after {amount(size)})" if size else "")) from error
         text = printable(str(error) or type(error).__name__, limit=120)
         raise Refusal(f"the file is damaged ({text})") from error
 
 
-def _check_whole(data: bytes) -> None:
-    """Raise Refusal where a format that states its own length or checksums shows that something is missing."""
-    whole = 0
-    if FORMATS["WebP"].begins(data):
-        whole = 8 + int.from_bytes(data[4:8], "little")
-    elif FORMATS["PNG"].begins(data):  # Pillow passes over the checksums of the pixels
-        whole, kind = 8, b""
-        while whole + 8 <= len(data) and kind != b"IEND":
-            length, kind = struct.unpack_from(">I4s", data, whole)
-            end = whole + 8 + length
-            if kind == b"IDAT" and end + 4 <= len(data):
-                stated = int.from_bytes(data[end : end + 4], "big")
-                if zlib.crc32(memoryview(data)[whole + 4 : end]) != stated:
-                    raise Refusal("the file is damaged (a checksum of its pixels is wrong)")
-            whole = end + 4
-    if whole > len(data):
-        raise Refusal(f"image file is truncated ({len(data) / 1024:.3g} of {whole / 1024:.3g} KiB)")
-
-
 def _read(path: Path, limits: Limits) -> bytes:
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise Refusal("it is a directory, not a file")
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
-            raise Refusal("it is not a regular file")
-        _check_bytes(status.st_size, limits)
-        with path.open("rb") as file:
-            head = file.read(32)
-            _format(head)
-            return head + file.read(status.st_size)
+        _check_regular(path.stat().st_mode)  # opening a device may do something
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            _check_regular(status.st_mode)  # it may have changed hands, and a pipe would block
+            limits.check_bytes(status.st_size)
+            _format(file.read(32))
+            file.seek(0)
+            return file.read(status.st_size)
     except OSError as error:
         raise Refusal(os.strerror(error.errno) if error.errno else str(error)) from error
     except ValueError as error:  # a path that no file can have
         raise Refusal(str(error)) from error
 
 
-def _check_bytes(size: int, limits: Limits) -> None:
-    if size == 0:
-        raise Refusal("the file is empty (0 bytes)")
-    if size > limits.bytes:
-        raise Refusal(f"{_size(size)} is over the limit of {_size(limits.bytes)}; {_raise('bytes')}")
+def _check_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise Refusal("it is a directory, not a file")
+    if not stat.S_ISREG(mode):  # a pipe would block, a device never end
+        raise Refusal("it is not a regular file")
 
 
 def _format(head: bytes) -> Format:
@@ -249,11 +257,13 @@ def _format(head: bytes) -> Format:
     raise Refusal(f"its content is none of {', '.join(FORMATS)}")
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, limits: Limits) -> ImageFile.ImageFile:
     known = _format(data)
+    if known is FORMATS["WebP"]:
+        check_webp(data, limits)
     reader = getattr(importlib.import_module(f"PIL.{known.module}"), known.reader)
     with _quiet():
-        return reader(BytesIO(data))
+        return reader(Counted(data))
 
 
 _QUIET = threading.Lock()
@@ -267,6 +277,14 @@ def _quiet() -> Generator[None]:
         yield
 
 
+def _check_tiles(image: ImageFile.ImageFile) -> None:
+    """A tile of a TIFF is decoded as a whole, however small the image is that it belongs to."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(322, 0), tags.get(323, 0)
+    if width * height > max(image.width * image.height, 2**22):
+        raise Refusal(f"its tiles of {width}×{height} are larger than the image of {image.width}×{image.height}")
+
+
 def _draft(image: Image.Image, target: tuple[int, int]) -> None:
     height, width = target
     if _orientation(image) in _SIDEWAYS:
@@ -275,14 +293,15 @@ def _draft(image: Image.Image, target: tuple[int, int]) -> None:
         image.draft(None, (2 * width, 2 * height))
 
 
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# The pixels as they are stored, seen in those of the upright image.
+_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
 }
 _SIDEWAYS = (5, 6, 7, 8)
 
@@ -299,16 +318,30 @@ def _upright(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     with _quiet() if image.format == "TIFF" else nullcontext():  # a TIFF reads its directories while it loads
         image.load()
     # Only now: a PNG may carry its orientation behind the pixels, and Pillow turns a TIFF while it loads it.
-    turn = _TURN.get(_orientation(image))
-    rgb = _rgb(image)
-    return np.array(rgb if turn is None else rgb.transpose(turn))
+    orientation = _orientation(image)
+    height, width = (image.width, image.height) if orientation in _SIDEWAYS else (image.height, image.width)
+    upright = np.empty((height, width, 3), dtype=np.uint8)
+    stored = _STORED.get(orientation, lambda same: same)(upright)
+    scale = _scale(image) if image.mode.startswith("I") or image.mode == "F" else None
+    for rows, part in _parts(image):
+        stored[rows] = np.asarray(_rgb(part)) if scale is None else _eight_bits(np.asarray(part), *scale)[..., None]
+    return upright
+
+
+def _parts(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """The image in strips: converting a large one as a whole would take several times its memory."""
+    step = max(2**20 // image.width, 1)
+    if step >= image.height:
+        yield slice(None), image
+        return
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -320,13 +353,17 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray, mode: str) -> UInt8[np.ndarray, "h w"]:
-    """Deep grey in 8 bits: integers over 0 to 65535, floats over 0 to 1; beyond these, from the least to the most."""
-    if not np.isfinite(grey).all():
+def _scale(image: Image.Image) -> tuple[float, float]:
+    """What is black and what is white in deep grey: integers span 0 to 65535, floats 0 to 1, or least to most."""
+    low, high = (0.0, 1.0) if image.mode == "F" else (0.0, 65535.0)
+    ends = [(part.min(), part.max()) for part in (np.asarray(part) for _, part in _parts(image))]
+    least, most = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+    if not np.isfinite([least, most, *(end for pair in ends for end in pair)]).all():
         raise Refusal("it holds values that are not finite")
-    low, high = (0, 1) if mode == "F" else (0, 65535)
-    if grey.min() < low or grey.max() > high:
-        low, high = float(grey.min()), float(grey.max())
+    return (least, most) if least < low or most > high else (low, high)
+
+
+def _eight_bits(grey: np.ndarray, low: float, high: float) -> UInt8[np.ndarray, "h w"]:
     scaled = (grey.astype(np.float64) - low) * (255 / max(high - low, np.finfo(np.float64).tiny))
     return np.rint(scaled).astype(np.uint8)
 
@@ -357,11 +394,9 @@ def _from_array(array: np.ndarray, limits: Limits) -> UInt8[np.ndarray, "h w 3"]
 def _name(source: object) -> str:
     if isinstance(source, str | os.PathLike):
         return printable(os.fspath(source))
+    if isinstance(source, Stored):
+        return printable(source.where)
     filename = getattr(source, "filename", "")
     if filename and isinstance(filename, str | os.PathLike):
         return printable(os.fspath(filename))
     return {"ndarray": "image array", "bytes": "image bytes"}.get(type(source).__name__, "image")
-
-
-def _size(count: int | float) -> str:
-    return f"{count:.0f} bytes" if count < 1024 else f"{count / 1024:.0f} KiB"

@@ -8,6 +8,7 @@ then cut or fill to the final one around the centre.
 import hashlib
 import json
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -133,7 +134,8 @@ class Preprocess:
         if self.kernel == "pillow":
             planes = _planes(Image.fromarray(image).resize(size[::-1], _PILLOW_MODE[self.interpolation]))
             return planes[:, top : top + height, left : left + width]
-        planes = rearrange(torch.from_numpy(np.require(image, requirements="W")), "h w c -> c h w")
+        shared = image.flags.writeable and min(image.strides) >= 0  # torch shares no other memory
+        planes = rearrange(torch.from_numpy(image if shared else image.copy()), "h w c -> c h w")
         if size != image.shape[:2]:
             # A stride for the batch of one keeps the memory interleaved, which is several times faster.
             batch = planes.as_strided((1, *planes.shape), (planes.numel(), *planes.stride()))
@@ -282,7 +284,8 @@ def _whole(value: object, least: int, most: int) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Not `isfinite`: a whole number from JSON may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _several(count: int, value: object, check: Callable[[Any], bool], kind: type = int) -> Any:

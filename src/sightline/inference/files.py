@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator
 from glob import has_magic
 from io import TextIOBase, TextIOWrapper
@@ -55,15 +56,30 @@ def write_csv(answers: Iterable[Answer], stream: TextIOBase) -> Iterator[Answer]
     """Writes answers to an open text file as they pass through, so that an interrupted run keeps what it had.
 
     The columns are `COLUMNS`; a row for each class of an answer, the most probable first; an error is one row.
-    `open_csv` makes a fit file. Values are written as they are: a spreadsheet may take a path or label that begins
-    with `=`, `+`, `-` or `@` for a formula, and whatever prevents that changes the data. Import such files as text.
+    `open_csv` makes a fit file. No cell is one that a spreadsheet would compute: a path that begins like a formula is
+    written as `./path`, which is the same file, and a label with an apostrophe before it; `index` tells the class
+    exactly.
     """
-    rows = csv.writer(stream)
-    rows.writerow(COLUMNS)
+    plain, quoted = csv.writer(stream), csv.writer(stream, quoting=csv.QUOTE_ALL)
+    plain.writerow(COLUMNS)
     for answer in answers:
+        path = f"./{answer.path}" if _computes(answer.path) else answer.path
         if answer.prediction is None:
-            rows.writerow([answer.path, "", "", "", answer.error])
+            rows = [[path, "", "", "", _inert(answer.error or "")]]
         else:
-            rows.writerows([answer.path, s.label, s.index, s.score, ""] for s in answer.prediction.top)
+            rows = [[path, _inert(s.label), s.index, s.score, ""] for s in answer.prediction.top]
+        for row in rows:
+            # Where a spreadsheet takes semicolons or tabs for the ends of cells, quotes keep the first one together.
+            (quoted if any(mark in str(cell) for cell in row for mark in ";\t") else plain).writerow(row)
         stream.flush()
         yield answer
+
+
+def _inert(text: str) -> str:
+    text = re.sub(r"([;\t\r\n]\s*)(?=[=+\-@＝＋－＠])", r"\1'", text)
+    return f"'{text}" if _computes(text) else text
+
+
+def _computes(text: str) -> bool:
+    """Whether a spreadsheet would take a cell for a formula; full-width signs count as plain ones in some."""
+    return text.lstrip()[:1] in set("=+-@＝＋－＠") or text[:1] in set("\t\r\n")
