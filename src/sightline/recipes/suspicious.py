@@ -1,0 +1,53 @@
+"""Labels of a dataset that the features of a trained model contradict."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from sightline.datasets.check import Checked, Progress
+from sightline.datasets.findings import Finding
+from sightline.evaluation.suspects import suspects
+from sightline.model import Model, load
+
+SHARE = 512
+"""Images that are embedded between two words about progress."""
+
+
+def suspicious(checked: Checked, source: str, device: str, progress: Progress) -> list[Finding]:
+    """The labels that the features of a model contradict."""
+    model = load(source)
+    pile = checked.pile
+    rows = np.flatnonzero(checked.readable & (pile.samples.targets >= 0))
+    if not len(rows):
+        return []
+    predictor = model.predictor(device=device)
+    features = []
+    for start in range(0, len(rows), SHARE):
+        images = [pile.samples[row].image for row in rows[start : start + SHARE].tolist()]
+        features.append(predictor.embed(images))
+        progress("embedding", start + len(images), len(rows))
+    vectors = torch.cat(features)
+    answers = _answers(model, vectors, pile.labels)
+    return [
+        Finding(
+            "suspicious-label",
+            f"labelled '{pile.labels[s.given]}', but like '{pile.labels[s.believed]}' to the model ({s.score:.0%})",
+            pile.called([int(rows[s.row])]),
+            [pile.labels[s.given], pile.labels[s.believed]],
+        )
+        for s in suspects(vectors.numpy(), pile.label[rows], answers=answers)
+    ]
+
+
+def _answers(model: Model, features: Float[Tensor, "n d"], labels: Sequence[str]) -> Int64[np.ndarray, " n"] | None:
+    """What the model itself answers, as the labels are numbered, -1 for others; None where it has no classifier."""
+    classifier = model.network.head.classifier
+    if classifier is None:
+        return None
+    number = {label: i for i, label in enumerate(labels)}
+    known = np.array([number.get(label, -1) for label in model.labels])
+    with torch.inference_mode():
+        return known[classifier.cpu()(features).argmax(dim=1).numpy()]
