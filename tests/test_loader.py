@@ -14,7 +14,7 @@ from sightline.datasets.image_set import ImageSet, Names, Samples, unlabelled
 from sightline.datasets.loader import Loaded, OrderedLoader, TrainLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.order import epoch_order, rows, share, steps_per_epoch
-from sightline.errors import UserError, WorkError
+from sightline.errors import UserError
 from sightline.images.augment import Augment, sample_key
 from sightline.images.preprocess import Preprocess
 from sightline.types import Batch
@@ -272,22 +272,6 @@ def test_unlabelled_files_and_the_missing_among_them(tmp_path):
     assert (batch.index.tolist(), batch.targets.tolist()) == ([0, 2], [-1, -1])
     assert torch.equal(batch.pixels, torch.stack([PREPROCESS(file) for file in files]))
     assert refused == [(str(tmp_path / "no"), "No such file or directory")]
-
-
-class Fatal:
-    """Ends the worker process as a crashing decoder would."""
-
-    def __call__(self, image: np.ndarray, key: int) -> Tensor:
-        if torch.utils.data.get_worker_info() is not None:
-            import os
-
-            os._exit(7)
-        return noisy(image, key)
-
-
-def test_a_dead_worker_is_an_error_with_a_remedy():
-    with pytest.raises(WorkError, match="--workers 0"):
-        list(TrainLoader(arrays(4), Fatal(), batch_size=2, seed=0, steps=range(2), workers=1))
 
 
 def test_a_defect_in_a_transform_is_not_taken_for_a_broken_file():

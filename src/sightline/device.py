@@ -49,3 +49,23 @@ def pick_precision(name: str, device: "torch.device") -> "torch.dtype":
     if name == "auto":
         name = "bf16" if device.type == "cuda" and native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def out_of_memory(fault: BaseException) -> bool:
+    """Whether a failed computation may succeed with less at a time: PyTorch says so in several ways."""
+    import torch
+
+    words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+    told = isinstance(fault, RuntimeError) and any(word in str(fault).lower() for word in words)
+    return told or isinstance(fault, (MemoryError, torch.OutOfMemoryError))
+
+
+def free_memory(device: "torch.device") -> None:
+    """Gives back what a failed computation held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ def run(request: argparse.Namespace) -> int:
     for name, reason in result.refused:
         print(f"refused {printable(name)}: {printable(reason)}", file=sys.stderr)
     for note in () if request.quiet else result.notes:
-        print(printable(note), file=sys.stderr)
+        print(printable(note, 4000), file=sys.stderr)
     if request.json:
         print(json.dumps(result.to_json()))
         return 0

@@ -1,29 +1,32 @@
 """Batches from an image set: each is a pure function of its step, so that workers and resuming cannot change it."""
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.order import rows, share
-from sightline.errors import UserError, WorkError
+from sightline.datasets.readers import Load, Readers, Watch
+from sightline.errors import UserError
 from sightline.images.augment import sample_keys
-from sightline.images.decode import ImageError, decode
+from sightline.images.decode import ImageError, Stored, decode
 from sightline.images.preprocess import collate
 from sightline.types import Batch
 
-PATIENCE = 300
-"""Seconds to wait for one batch from worker processes before the run is given up."""
+Picture = Path | Stored | UInt8[np.ndarray, "h w 3"]
 
-Picture = Path | UInt8[np.ndarray, "h w 3"]
+
+Say = Callable[[str], None]
+
+
+def _in_silence(line: str) -> None:
+    pass
 
 
 class Refused(NamedTuple):
@@ -44,36 +47,29 @@ class Loaded(NamedTuple):
 class Loader:
     """Batches of some steps, in order, read by this process (`workers=0`) or by others that outlive an iteration.
 
-    Every image that cannot be decoded is left out of its batch and named; none takes its place. Raises WorkError where
-    a worker process dies or gives no answer for `PATIENCE` seconds.
+    Every image that cannot be decoded is left out of its batch and named; none takes its place. Of worker processes
+    that had to be replaced `say` hears; see `Readers`. Raises WorkError where they die again and again.
     """
 
-    def __init__(self, load: Callable[[int], Loaded], steps: range, *, workers: int = 0, pin_memory: bool = False):
-        self._steps = steps
-        self._loader = DataLoader(
-            _Batches(load),
-            batch_size=None,  # an item is a whole batch
-            sampler=steps,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-            timeout=PATIENCE if workers else 0,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # its draws would otherwise come from the run's own random numbers
-            persistent_workers=workers > 0,
-        )
+    def __init__(self, load: Load, steps: range, *, workers: int = 0, pin_memory: bool = False, say: Say = _in_silence):
+        self._load, self._steps, self._pin, self.say = load, steps, pin_memory, say
+        self.readers = Readers(load, workers, say) if workers else None
+
+    def tell(self, say: Say) -> None:
+        """Lets `say` hear from here on what befalls the worker processes."""
+        self.say = say
+        if self.readers is not None:
+            self.readers.say = say
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Loaded]:
-        try:
-            yield from self._loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):
-                raise
-            remedy = "free some memory, or read images without worker processes (--workers 0)"
-            raise WorkError(f"a process that reads images died or hangs ({error}); {remedy}") from error
+        if self.readers is None:
+            loaded = (self._load(step, lambda index: None) for step in self._steps)
+        else:
+            loaded = self.readers.read(self._steps)
+        yield from map(_pinned, loaded) if self._pin else loaded
 
 
 class TrainLoader(Loader):
@@ -98,12 +94,13 @@ class TrainLoader(Loader):
         world: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
+        say: Say = _in_silence,
     ):
         length = min(batch_size, len(images))
         if length < world:
             raise UserError(f"{world} processes cannot share batches of {length} images")
         load = _Shuffled(images, transform, batch_size, seed, repeats, share(length, rank, world))
-        super().__init__(load, steps, workers=workers, pin_memory=pin_memory)
+        super().__init__(load, steps, workers=workers, pin_memory=pin_memory, say=say)
 
 
 class OrderedLoader(Loader):
@@ -122,10 +119,11 @@ class OrderedLoader(Loader):
         world: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
+        say: Say = _in_silence,
     ):
         part = range(len(images) * rank // world, len(images) * (rank + 1) // world)
         load = _Ordered(images, preprocess, batch_size, part)
-        super().__init__(load, range(-(-len(part) // batch_size)), workers=workers, pin_memory=pin_memory)
+        super().__init__(load, range(-(-len(part) // batch_size)), workers=workers, pin_memory=pin_memory, say=say)
 
 
 @dataclass(frozen=True)
@@ -137,14 +135,14 @@ class _Shuffled:
     repeats: int
     share: slice
 
-    def __call__(self, step: int) -> Loaded:
+    def __call__(self, step: int, watch: Watch) -> Loaded:
         epoch, views = rows(step, len(self.images), self.batch_size, self.seed, self.repeats)
         views = views[self.share]
         keys = sample_keys(self.seed, epoch, views)
-        return _load(step, self.images, views % len(self.images), keys, self._augmented)
+        return _load(step, self.images, views % len(self.images), keys, self._augmented, watch)
 
     def _augmented(self, image: Picture, key: int) -> Float[Tensor, "c rows columns"]:
-        return self.transform(decode(image) if isinstance(image, Path) else image, key)
+        return self.transform(image if isinstance(image, np.ndarray) else decode(image), key)
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,9 @@ class _Ordered:
     batch_size: int
     part: range
 
-    def __call__(self, step: int) -> Loaded:
+    def __call__(self, step: int, watch: Watch) -> Loaded:
         index = np.array(self.part[step * self.batch_size : (step + 1) * self.batch_size])
-        return _load(step, self.images, index, np.zeros_like(index), lambda image, key: self.preprocess(image))
+        return _load(step, self.images, index, np.zeros_like(index), lambda image, key: self.preprocess(image), watch)
 
 
 def _load(
@@ -165,10 +163,14 @@ def _load(
     index: Int64[np.ndarray, " b"],
     keys: Int64[np.ndarray, " b"],
     read: Callable[[Picture, int], Float[Tensor, "c rows columns"]],
+    watch: Watch,
 ) -> Loaded:
     pixels, facts, refused = [], [], []
     for i, key in zip(index.tolist(), keys.tolist(), strict=True):
         image, target, name = images.samples[i]
+        if (why := watch(i)) is not None:
+            refused.append(Refused(name, why))
+            continue
         try:
             pixels.append(read(image, key))
         except ImageError as error:
@@ -181,17 +183,8 @@ def _load(
     return Loaded(step, Batch(together, *torch.tensor(facts).unbind(dim=1), sizes), refused)
 
 
-class _Batches(Dataset[Loaded]):
-    def __init__(self, load: Callable[[int], Loaded]):
-        self._load = load
-
-    def __getitem__(self, index: int) -> Loaded:
-        return self._load(index)
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded
-
-
-def _begin_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which still saves its work
+def _pinned(loaded: Loaded) -> Loaded:
+    """The same in memory that a GPU can fetch by itself."""
+    if loaded.batch is None:
+        return loaded
+    return loaded._replace(batch=loaded.batch._replace(pixels=loaded.batch.pixels.pin_memory()))

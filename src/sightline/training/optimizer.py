@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from sightline.network import Network
+from sightline.training.muon import Muon
 from sightline.training.settings import Settings
 
 
@@ -13,33 +14,39 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def groups(objective: nn.Module, network: Network, settings: Settings) -> list[dict]:
-    """Parameters by decay and layer: `scale` is each group's factor on the learning rate.
+    """Parameters by kind and layer: `scale` is each group's factor on the learning rate.
 
     The factor is `layer_decay` to the power of the layers that still follow (arXiv 2106.08254, appendix H); what
-    belongs to the objective alone (a decoder, a projector) learns at the full rate.
+    belongs to the objective alone (a decoder, a projector) learns at the full rate. `matrices` marks the kernels that
+    Muon turns: those of the backbone but for position tables and the like, and not those of heads.
     """
     backbone = {id(p): name for name, p in network.backbone.named_parameters()}
     last = network.backbone.depth + 1
-    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    found: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             layer = network.backbone.layer_of(backbone[id(parameter)]) if id(parameter) in backbone else last
-            found.setdefault((layer, decays(name, parameter)), []).append(parameter)
+            decayed = decays(name, parameter)
+            turned = settings.optimizer == "muon" and decayed and layer < last
+            found.setdefault((layer, decayed, turned), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if decayed else 0.0,
             "scale": settings.layer_decay ** (last - layer),
+            "matrices": turned,
         }
-        for (layer, decayed), parameters in sorted(found.items(), key=lambda item: item[0])
+        for (layer, decayed, turned), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
 
 
 def build(objective: nn.Module, network: Network, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), or SGD with momentum as the paper fine-tunes."""
+    """AdamW (arXiv 1711.05101), Muon with AdamW for what is no matrix, or SGD with momentum as the paper fine-tunes."""
     parameters = groups(objective, network, settings)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum)
+    if settings.optimizer == "muon":
+        return Muon(parameters, lr=settings.lr, betas=(settings.momentum, settings.beta2))
     fused = all(p.is_floating_point() for g in parameters for p in g["params"])
     return torch.optim.AdamW(parameters, lr=settings.lr, betas=(settings.momentum, settings.beta2), fused=fused)
 

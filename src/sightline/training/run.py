@@ -1,7 +1,6 @@
 """A run on disk: its folder, its record, and the lock that keeps others out."""
 
 import fcntl
-import json
 import os
 import platform
 import sys
@@ -14,9 +13,11 @@ from typing import Any
 
 import torch
 
-from sightline.checkpoints.atomic import write_atomic
-from sightline.checkpoints.files import read_json
+from sightline.checkpoints.atomic import PARTIAL, write_atomic
+from sightline.checkpoints.files import read_sealed
+from sightline.checkpoints.sealed import SEAL, sealed
 from sightline.errors import UserError, printable
+from sightline.schema import require
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,35 @@ class RunFolder:
         """The record of a run begun earlier. Raises UserError where there is none."""
         if not self.record_file.is_file():
             raise UserError(f"{printable(self.path)} holds no run to resume: there is no run.json")
-        return read_json(self.record_file)
+        record = read_sealed(self.record_file)
+        record.pop(SEAL, None)  # it is made anew with every writing
+        data = record.get("data")
+        sound = isinstance(data, dict) and isinstance(data.get("source"), str) and "fingerprint" in data
+        sound = sound and type(record.get("seed")) is int and isinstance(record.get("recipe"), dict)
+        require(sound, f"{printable(self.record_file)} is not the record of a run")
+        return record
 
     def write(self, record: dict[str, Any]) -> None:
         """Replaces the record."""
-        write_atomic(self.record_file, json.dumps(record, indent=1).encode())
+        write_atomic(self.record_file, sealed(record, indent=1))
 
     def require_fresh(self) -> None:
-        """Raises UserError where the folder holds more than hidden files: a new run could overwrite it."""
+        """Raises UserError where the folder holds more than hidden files: a new run could overwrite it.
+
+        A first checkpoint without a record is what a run leaves that was ended before it began; it may go.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{printable(self.path)} is a file; choose another folder with --out")
-        if self.path.is_dir() and any(not item.name.startswith(".") for item in self.path.iterdir()):
+        if self.path.is_dir() and not all(item.name.startswith(".") or _unbegun(item) for item in self.path.iterdir()):
             raise UserError(
                 f"{printable(self.path)} is not empty; choose another folder with --out, or go on with --resume"
             )
+
+
+def _unbegun(path: Path) -> bool:
+    if path.name != "checkpoints" or path.is_symlink() or not path.is_dir():
+        return False
+    return all(item.name.startswith((PARTIAL, f"step-{0:09d}.")) for item in path.iterdir())
 
 
 @contextmanager
@@ -64,9 +80,23 @@ def locked(folder: Path) -> Generator[None]:
         except BlockingIOError as fault:
             where = printable(folder)
             raise UserError(f"another run is at work in {where}; wait for it, or choose another --out") from fault
+        _HELD.add(handle)
         yield
     finally:
+        _HELD.discard(handle)
         os.close(handle)
+
+
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked process must not hold the folder of a run that was killed."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:

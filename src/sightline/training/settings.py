@@ -20,7 +20,7 @@ class Settings:
     minutes: float | None = option(None, "train for this many minutes instead of --epochs; shapes the whole schedule")
     batch_size: int = option(64, "images per update, over all processes")
     micro_batch: int | None = option(None, "images per forward pass and process; smaller ones need less memory")
-    optimizer: Literal["adamw", "sgd"] = option("adamw", "AdamW, or SGD with momentum")
+    optimizer: Literal["adamw", "muon", "sgd"] = option("adamw", "AdamW; Muon, which learns from fewer images; or SGD")
     lr: float = option(1e-3, "learning rate at its height")
     momentum: float = option(0.9, "momentum of SGD, first beta of AdamW")
     beta2: float = option(0.999, "second beta of AdamW")
@@ -42,6 +42,7 @@ class Settings:
     patience: int | None = option(None, "stop after this many evaluations without gain and keep the best weights")
     evaluations: int = option(20, "evaluations spread over the run, at ends of epochs")
     save_seconds: float = option(60.0, "seconds between checkpoints")
+    refused_limit: float = option(0.01, "share of the training images that may be unreadable before the run stops")
     workers: int = option(1, "processes that decode and augment images")
     threads: int | None = option(None, "threads of each process that computes; chosen by the network's size")
     seed: int = option(0, "the number that every random choice of the run follows from")
@@ -55,7 +56,7 @@ class Settings:
             require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}")
         for name in ("momentum", "beta2", "smoothing", "warmup"):
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("min_lr", "switch_prob", "layer_decay"):
+        for name in ("min_lr", "switch_prob", "layer_decay", "refused_limit"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], not {getattr(self, name)}")
         for name in ("epochs", "minutes", "lr", "weight_decay"):
             value = getattr(self, name)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sightline.device import free_memory, out_of_memory
+from sightline.errors import WorkError
 from sightline.layers.encoder import rows_of
 from sightline.objectives.objective import Objective
 from sightline.training import optimizer as optimizers
@@ -33,12 +35,13 @@ class Updater:
     """Forward, backward, clip and step, over micro-batches and processes, in the chosen arithmetic.
 
     Randomness inside the network follows from (seed, step) alone, and stochastic depth from the place of each sample
-    in the global batch: neither the number of processes nor that of micro-batches changes it.
+    in the global batch: neither the number of processes nor that of micro-batches changes it. Where memory does not
+    suffice, `micro_batch` is halved and the update made with smaller parts of the same batch.
     """
 
     def __init__(self, objective: Objective, settings: Settings, world: World, precision: torch.dtype):
         self.settings, self.world, self.precision = settings, world, precision
-        self.objective = objective
+        self.objective, self.micro_batch = objective, settings.micro_batch
         self.optimizer = optimizers.build(objective, objective.network, settings)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
         if settings.compile:
@@ -52,11 +55,50 @@ class Updater:
         finite.
         """
         optimizers.set_rate(self.optimizer, lr)
+        loss, figures = self._gradient(batch, step)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip_grad or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.objective.parameters(), limit))
+        if math.isfinite(norm) or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips by itself where a scaled gradient overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(loss, figures, norm)
+
+    def _gradient(self, batch: Batch, step: int) -> tuple[float, dict[str, float]]:
+        """The gradient of the whole batch, in parts as large as memory allows; its loss and figures."""
+        while True:
+            size = min(self.micro_batch or len(batch.index), len(batch.index))
+            size += size % 2  # pairs of neighbours are mixed with each other and stay together
+            try:
+                return self._summed(batch, step, size)
+            except (RuntimeError, MemoryError) as fault:
+                if not out_of_memory(fault):
+                    raise
+            self._shrink(size)  # only here has the failed pass let go of its memory
+
+    def _shrink(self, size: int) -> None:
+        """Goes on to parts half as large. Raises WorkError where there are none, or other processes to agree with."""
+        self.optimizer.zero_grad(set_to_none=True)
+        free_memory(self.world.device)
+        half = size // 2 + size // 2 % 2
+        if size == 2:
+            raise WorkError(
+                "memory does not suffice for two images at a time. Take smaller images (--image-size), a smaller model "
+                "(--model), or --checkpointing, in a new run."
+            )
+        if self.world.size > 1:  # the others wait for a gradient that does not come
+            raise WorkError(
+                f"memory does not suffice for {size} images at a time in each process: go on with --resume "
+                f"--micro-batch {half}"
+            )
+        self.micro_batch = half
+
+    def _summed(self, batch: Batch, step: int, size: int) -> tuple[float, dict[str, float]]:
+        """Adds up the gradient of the batch in parts of `size` images."""
         mine = len(batch.index)
         start, whole = mine * self.world.rank, mine * self.world.size
         weight = mine * self.world.size / self.world.sum(mine)  # gradients are averaged over processes
-        size = self.settings.micro_batch or mine
-        size += size % 2  # pairs of neighbours are mixed with each other and stay together
         loss, figures = torch.zeros((), device=self.world.device), {}
         for begin in range(0, mine, size):
             part = batch.part(begin, begin + size).to(self.world.device)
@@ -69,14 +111,7 @@ class Updater:
             loss += result.loss.detach() * share
             for name, value in result.metrics.items():
                 figures[name] = figures.get(name, 0.0) + float(value) * share
-        self.scaler.unscale_(self.optimizer)
-        limit = self.settings.clip_grad or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.objective.parameters(), limit))
-        if math.isfinite(norm) or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself where a scaled gradient overflowed
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Update(float(loss), figures, norm)
+        return float(loss), figures
 
     def _autocast(self) -> torch.autocast:
         enabled = self.precision != torch.float32

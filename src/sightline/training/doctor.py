@@ -1,0 +1,139 @@
+"""What goes wrong in a training, named while it happens, with advice.
+
+Nothing that a doctor does changes the run: it draws no random number and touches no weight. What it knows it has from
+the lines of the journal, to which its own measurements go, so that a resumed run reads them again and repeats nothing.
+Only times are in no journal; they are measured anew by each process.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sightline.device import out_of_memory
+from sightline.network import Network
+from sightline.training.chart import Chart, Finding, Labels
+from sightline.training.schedule import Plan
+from sightline.training.settings import Settings
+from sightline.training.symptoms import AT_BATCHES, AT_EVALUATIONS, AT_ONCE, COMPARED, Rule, patch_too_large
+from sightline.training.vitals import kernels, likeness, still_heads, tokens_of, update_ratio
+from sightline.types import Batch
+
+STARVED, STARVED_SHARE = 5.0, 0.8
+"""Seconds lost by waiting for images, and the share of the time beyond which waiting counts as lost: far too slow."""
+
+SLOW, SLOW_SHARE = 60.0, 0.5
+"""The same for reading that is a little slower than computing, which is no harm in a run of seconds."""
+
+PLACES = 32
+"""Measurements of the network along a run, besides those at powers of two."""
+
+APART = 16
+"""Updates between them at least, so that they cost less than a hundredth of the time."""
+
+
+class Doctor:
+    """Reads the journal of a run and names what is wrong, each kind of finding once.
+
+    `labels` says what there is to learn, where that is classes; without it the first losses stand for those of knowing
+    nothing, and rules about labels are silent. `findings` are those so far, in order; `say` hears each new one.
+    """
+
+    def __init__(self, settings: Settings, steps_per_epoch: int, labels: Labels | None = None):
+        self.chart = Chart(settings, steps_per_epoch, labels)
+        self.findings: list[Finding] = []
+        self.say: Callable[[str], None] | None = None
+        self._starved, self._slow = 0.0, 0.0
+
+    def attend(
+        self, network: Network, plan: Plan, past: Iterable[Mapping[str, Any]], say: Callable[[str], None]
+    ) -> None:
+        """Looks at what is known before the first step, and reads the journal of a resumed run, which was said."""
+        past = list(past)
+        self.say, self.chart.plan = None if past else say, plan
+        if finding := patch_too_large(self.chart, tokens_of(network), network.architecture.backbone.image_size):
+            self._find(finding)
+        self._apply(AT_ONCE)
+        for record in past:
+            self.hear(record)
+        self.say = say
+
+    def hear(self, record: Mapping[str, Any]) -> None:
+        """One line of the journal."""
+        self.chart.take(record)
+        self._apply(AT_EVALUATIONS if "val_loss" in record else AT_BATCHES)
+
+    def measures(self, step: int) -> bool:
+        """Whether the effect of update `step`, counted from 0, is to be measured: a function of the plan alone."""
+        if step >= 8 and step & (step - 1) == 0:
+            return True
+        plan = self.chart.plan
+        return step > 0 and step % APART == 0 and int(PLACES * plan.at(step)) > int(PLACES * plan.at(step - APART))
+
+    def measure(self, network: Network, before: Sequence[Tensor], batch: Batch, rate: float) -> dict[str, Any]:
+        """What an update at a learning rate did to the kernels, and how the heads do; figures for the journal.
+
+        Heads are left out where memory does not suffice to look at them.
+        """
+        moved = {"update_ratio": update_ratio(before, kernels(network)), "rate": rate}
+        try:
+            return moved | {"still_heads": [list(head) for head in still_heads(network, batch)]}
+        except (RuntimeError, MemoryError) as fault:
+            if not out_of_memory(fault):
+                raise
+        return moved
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the labels of batches are to be compared."""
+        return self._found("loss-at-chance") and self.chart.labels is not None and self.chart.likeness[0] < COMPARED
+
+    def compare(self, batch: Batch) -> dict[str, Any]:
+        """Whether images of a batch that look alike share labels; figures for the journal."""
+        return {"likeness": list(likeness(batch.pixels, batch.targets, batch.index))}
+
+    def time(self, step: int, waited: float, worked: float) -> None:
+        """Seconds that a step waited for its images, and then computed."""
+        self._starved = _lost(self._starved, waited, worked, STARVED, STARVED_SHARE)
+        self._slow = _lost(self._slow, waited, worked, SLOW, SLOW_SHARE)
+        if (self._starved >= STARVED or self._slow >= SLOW) and not self._found("slow-input"):
+            share = STARVED_SHARE if self._starved >= STARVED else SLOW_SHARE
+            workers = self.chart.settings.workers
+            who = f"which {workers} worker process{'es' * (workers > 1)} read" if workers else "read between the steps"
+            finding = Finding(
+                "slow-input",
+                step,
+                "note",
+                f"more than {share:.0%} of the time goes into waiting for images, {who}",
+                f"Use more worker processes (--workers {max(2 * workers, 2)}), or store the images at about the size "
+                "at which the network reads them.",
+            )
+            self._find(finding)
+
+    def summary(self) -> str:
+        """One line about the whole run."""
+        if not self.findings:
+            return "doctor: nothing stood out"
+        named = ", ".join(f"{f.kind} (step {f.step})" if f.step else f.kind for f in self.findings)
+        return f"doctor: {len(self.findings)} finding{'s' * (len(self.findings) > 1)}: {named}"
+
+    def _apply(self, rules: Mapping[str, Rule]) -> None:
+        for kind, rule in rules.items():
+            if not self._found(kind) and (finding := rule(self.chart)) is not None:
+                self._find(finding)
+
+    def _find(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        if self.say is not None:
+            self.say(str(finding))
+
+    def _found(self, kind: str) -> bool:
+        return any(finding.kind == kind for finding in self.findings)
+
+
+def _lost(before: float, waited: float, worked: float, limit: float, share: float) -> float:
+    """Seconds lost so far by waiting for longer than that share of the time, never less than none.
+
+    One step counts for a tenth of the limit at most: a disk may hold its breath once.
+    """
+    return max(before + min(waited - share / (1 - share) * worked, limit / 10), 0.0)
