@@ -53,6 +53,7 @@ class Report:
         """The page: pictures inside, nothing loaded from elsewhere."""
         sections = [
             self._summary(),
+            self._doctor(),
             self._curves(),
             self._confusion(),
             self._classes(),
@@ -76,6 +77,17 @@ class Report:
         }
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in self.record["recipe"]["reasons"])
         return f"{_table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
+
+    def _doctor(self) -> str:
+        if not (findings := self.record.get("findings")):
+            return "<h2>Doctor</h2><p>Nothing stood out in the training.</p>"
+        rows = (
+            f"<tr><th>{escape(f['kind'])}</th><td>{f['step']:,}</td><td>{escape(f['severity'])}</td>"
+            f"<td>{escape(f['words'])}.</td><td>{escape(f['advice'])}</td></tr>"
+            for f in findings
+        )
+        head = "<tr><th>finding</th><th>step</th><th>weight</th><th>what was seen</th><th>what helps</th></tr>"
+        return f'<h2>Doctor</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
     def _curves(self) -> str:
         records = read(self.folder / "metrics.jsonl")
