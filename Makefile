@@ -26,9 +26,9 @@ demo: setup
 test: lint types contracts unit
 
 lint: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/codespell src tests docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/ruff check src tests benchmarks proofs
+	$(BIN)/ruff format --check src tests benchmarks proofs
+	$(BIN)/codespell src tests proofs docs README.md CONTRIBUTING.md CHANGELOG.md
 
 types: setup
 	$(BIN)/ty check src

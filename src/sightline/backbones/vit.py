@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sightline.backbones.backbone import Backbone
+from sightline.errors import printable
 from sightline.layers.encoder import ACTIVATIONS, Encoder
 from sightline.layers.positions import (
     RESAMPLERS,
@@ -71,13 +72,16 @@ class ViTConfig:
             self.embed_dim % self.num_heads == 0,
             f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}",
         )
+        require(0 < self.mlp_ratio < 1024, f"mlp_ratio must lie between 0 and 1024, not {self.mlp_ratio}")
         require(self.hidden > 0, f"mlp_ratio {self.mlp_ratio} leaves no hidden units")
+        require(0 <= self.norm_eps < 1, f"norm_eps must lie in [0, 1), not {self.norm_eps}")
         require(
-            self.activation in ACTIVATIONS, f"activation '{self.activation}' is not one of {', '.join(ACTIVATIONS)}"
+            self.activation in ACTIVATIONS,
+            f"activation '{printable(self.activation)}' is not one of {', '.join(ACTIVATIONS)}",
         )
         require(
             self.position_resample in RESAMPLERS,
-            f"position_resample '{self.position_resample}' is not one of {', '.join(RESAMPLERS)}",
+            f"position_resample '{printable(self.position_resample)}' is not one of {', '.join(RESAMPLERS)}",
         )
         for name in ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -197,6 +201,8 @@ class ViT(Backbone):
         """The tokens that enter the encoder, and the bias of its attention (relative positions, padding)."""
         grids = None
         if sizes is not None:
+            local = getattr(self.tokenizer, "local", True)
+            require(local, f"the tokenizer '{self.config.tokenizer}' cannot read images of unlike sizes in one batch")
             grids = [self.tokenizer.grid((int(h), int(w))) for h, w in sizes.tolist()]
             pixels = pixels * _inside(sizes.to(pixels.device), pixels.shape[-2], pixels.shape[-1])
         tokens = self.place(self.tokenizer(pixels), grids)
@@ -279,7 +285,7 @@ FAMILIES = {"vit": ViT}
 
 _SIZES = {
     # Two sizes of our own, for small images and few of them.
-    "pico": {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0},
+    "pico": {"embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0},
     "nano": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},

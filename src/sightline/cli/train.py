@@ -35,6 +35,7 @@ def arguments(parser: Any) -> None:
     network = parser.add_argument_group("network, in place of the recipe's choice")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         network.add_argument(f"--{name}", type=int, metavar="N")
+    network.add_argument("--tokenizer", metavar="NAME", help="patch, or convolution: how pixels become tokens")
     network.add_argument("--drop-path-rate", type=float, metavar="X", help="stochastic depth")
     add_fields(parser.add_argument_group("teaching, in place of the recipe's choice"), Settings, leave_out=_OWN)
     augment = parser.add_argument_group("variation of the training images")
@@ -46,7 +47,7 @@ def arguments(parser: Any) -> None:
     augment.add_argument("--erasing", "--reprob", type=float, metavar="P", help="probability of random erasing")
 
 
-_NETWORK = ("patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
+_NETWORK = ("tokenizer", "patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
 _AUGMENT = ("horizontal_flip", "vertical_flip", "degrees", "crop", "randaugment", "erasing")
 
 
@@ -99,4 +100,6 @@ def report(trained: Any, as_json: bool) -> None:
         return
     metrics, counts = trained.metrics, trained.counts
     print(f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  of {counts['evaluated']:,} held-out images")
+    if counts["refused"]:
+        print(f"{counts['refused']:,} held-out images could not be read and count as wrong")
     print(f"model  {trained.directory}\nreport {trained.report}")

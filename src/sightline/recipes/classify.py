@@ -1,8 +1,9 @@
 """From a folder of images to a model directory: the whole run, as one function."""
 
-from collections.abc import Callable, Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +11,50 @@ import torch
 from torch import nn
 
 from sightline.checkpoints.directory import write_model
-from sightline.checkpoints.load import load_bundle
 from sightline.datasets.loader import OrderedLoader, TrainLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.order import steps_per_epoch
+from sightline.datasets.preflight import quick
 from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
-from sightline.errors import UserError, suggest
+from sightline.errors import UserError, WorkError, printable
 from sightline.evaluation.accuracy import Accuracy, accuracy
 from sightline.model import Model, load
-from sightline.network import Network, count_parameters
+from sightline.network import Network
 from sightline.objectives.supervised import Supervised
-from sightline.recipes.fine_tune import RECIPES
-from sightline.recipes.from_scratch import from_scratch
-from sightline.recipes.recipe import Facts, Recipe, facts
+from sightline.recipes.autopilot import autopilot
+from sightline.recipes.recipe import Recipe
 from sightline.reports.card import model_card
 from sightline.reports.report import Report
+from sightline.training.chart import Finding, Labels
 from sightline.training.distributed import World, join, leave
-from sightline.training.loop import Loop, Task
+from sightline.training.loop import Loop, Outcome, Task
 from sightline.training.run import RunFolder, environment, locked
+from sightline.training.signals import breaking_off
 
 ENDLESS = 2**62
 """More steps than any run has: the loop says when to stop."""
 
-SMALL_WORK = 2e10
-"""Floating-point operations of an update below which one thread is faster than several."""
+RETOLD = ("refused_limit", "micro_batch", "save_seconds", "workers")
+"""Settings that a resumed run may be told anew: they change what it bears, and what it learns in rounding at most."""
+
+CLOSING = 4.0
+"""Seconds that the report at the end of a run takes, about; a run by the clock keeps them free."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left behind. Fractions lie between 0 and 1, `seconds` tell what the time went into."""
+    """What a run left behind. Fractions lie between 0 and 1, `seconds` tell what the time went into.
+
+    `findings` are what the doctor named, in order.
+    """
 
     directory: Path
     task: str
     metrics: Mapping[str, float]
     counts: Mapping[str, int]
     seconds: Mapping[str, float]
+    findings: Sequence[Finding] = ()
 
     @property
     def model(self) -> Model:
@@ -65,6 +74,7 @@ class Trained:
             "metrics": dict(self.metrics),
             "counts": dict(self.counts),
             "seconds": dict(self.seconds),
+            "findings": [asdict(finding) for finding in self.findings],
             "report": str(self.report),
         }
 
@@ -92,9 +102,10 @@ def train(
     images. `resize` is how images of other shapes are brought to `image_size`: squash, crop, pad, or native, which
     keeps each image's own aspect ratio at about as many pixels. `recipe` names one of `fine_tune.RECIPES`. `settings`
     are fields of `Settings` (epochs, minutes, lr, seed, …), `augment` those of `Augment`, `network` those of the
-    architecture. With `resume` the run in `out` goes on where it was, by its own record, and nothing else is asked.
-    Raises UserError, WorkError, and Interrupted after a signal.
+    architecture. With `resume` the run in `out` goes on where it was, by its own record; of the settings only those of
+    `RETOLD` are asked again. Raises UserError, WorkError, and Interrupted after a signal.
     """
+    began, remarks = time.monotonic(), []
     folder = RunFolder(Path(out) if out is not None else Path("runs") / _stem(data))
     with ExitStack() as held:
         world = join(pick_device(device))
@@ -104,54 +115,34 @@ def train(
             splits = open_dataset(record["data"]["source"], seed=record["seed"])
             _require_same_data(splits, record, folder)
             chosen = Recipe.from_json(record["recipe"], str(folder.record_file))
+            chosen = chosen.told({name: settings[name] for name in RETOLD if name in settings}, {})
+            record["recipe"] = chosen.to_json()
             taught = chosen.architecture.build()
         else:
-            record, seed = {}, int(settings.get("seed", 0))
+            record = {}
             folder.require_fresh()
-            splits = open_dataset(data, seed=seed)
-            known, asked = facts(splits.train), dict(network or {})
-            chosen, taught = choose(known, model, weights, image_size, recipe, asked, seed)
-            chosen = chosen.resized(resize).told({**settings, "seed": seed}, augment or {})
-            chosen = _fitting(chosen, taught, len(splits.train), world)
+            splits = open_dataset(data, seed=int(settings.get("seed", 0)))
+            chosen, taught, remarks = autopilot(
+                splits.train,
+                world,
+                model=model,
+                weights=weights,
+                recipe=recipe,
+                resize=resize,
+                network={**(network or {}), **({} if image_size is None else {"image_size": image_size})},
+                settings=settings,
+                augment=augment or {},
+            )
+            if world.first:
+                remarks += [finding.line() for finding in quick(splits) if finding.severity != "note"]
         world.agree(None)  # nobody writes before everybody has looked
         if world.first:
             held.enter_context(locked(folder.path))
             if not resume:
                 folder.require_fresh()  # somebody may have been quicker
         held.enter_context(_threads(chosen.settings.threads or torch.get_num_threads()))
-        return _Run(folder, splits, chosen, taught, world, quiet).go(resume, record)
-
-
-def choose(
-    known: Facts,
-    model: str | None,
-    weights: str | Path | None,
-    image_size: int | tuple[int, int] | None,
-    recipe: str | None,
-    overrides: dict[str, Any],
-    seed: int,
-) -> tuple[Recipe, Network]:
-    """The recipe for what is known and asked for, and its network with the weights it starts from."""
-    torch.manual_seed(seed)
-    if image_size is not None:
-        overrides["image_size"] = image_size
-    if weights is None or str(weights) == "none":
-        if recipe not in (None, "from-scratch"):
-            raise UserError(f"recipe '{recipe}' starts from weights: name them with --weights")
-        chosen = from_scratch(known, model=model, **overrides)
-        return chosen, chosen.architecture.build()
-    name = recipe or "fine-tune"
-    if name not in RECIPES:
-        raise UserError(f"unknown recipe '{name}'.{suggest(name, RECIPES)} There are {', '.join(RECIPES)}.")
-    bundle = load_bundle(weights, architecture=model, num_classes=known.classes, **overrides)
-    preprocess = bundle.preprocess.at(bundle.network.architecture.backbone.image_size)
-    chosen = RECIPES[name](known, bundle.network.architecture, preprocess)
-    network = chosen.architecture.build()
-    network.load_state_dict(bundle.network.state_dict())
-    head = network.head.classifier
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return chosen, network
+        spent = time.monotonic() - began
+        return _Run(folder, splits, chosen, taught, world, quiet).go(resume, record, remarks, spent)
 
 
 class _Run:
@@ -171,12 +162,9 @@ class _Run:
             workers=recipe.settings.workers if splits.val.samples.arrays is None else 0,
         )
 
-    def go(self, resume: bool, record: dict[str, Any]) -> Trained:
+    def go(self, resume: bool, record: dict[str, Any], remarks: Sequence[str], spent: float) -> Trained:
         recipe, settings = self.recipe, self.recipe.settings
-        if not resume:
-            record = self._record()
-            if self.world.first:
-                self.folder.write(record)
+        record = record if resume else self._record()
         objective = Supervised(
             self.network,
             smoothing=settings.smoothing,
@@ -184,19 +172,35 @@ class _Run:
             cutmix=settings.cutmix,
             switch_prob=settings.switch_prob,
         )
-        names = self.splits.train.samples.names
+        names, unsaid = self.splits.train.samples.names, dict(record)
         task = Task(
             objective,
             settings,
-            self._batches(),
+            self._batches,
+            len(self.splits.train),
             steps_per_epoch(len(self.splits.train), settings.batch_size),
             self._evaluate,
             name=lambda i: names[i],
+            labels=self._labels(),
+            begin=lambda: self.folder.write(unsaid),
+            aside=spent + CLOSING,
         )
         loop = Loop(task, self.world, self.folder.path, precision=self.precision, resume=resume, quiet=self.quiet)
-        for line in [*self.splits.notes, *recipe.describe()]:
+        for line in [*self.splits.notes, *recipe.describe(), *remarks]:
             loop.journal.say(line)
-        outcome = loop.run()
+        self.validation.tell(loop.journal.say)
+        with breaking_off():
+            try:
+                outcome = loop.run()
+            except WorkError:
+                if self.world.first and loop.doctor.findings:
+                    self.folder.write(unsaid | {"findings": [asdict(finding) for finding in loop.doctor.findings]})
+                raise
+            return self._finished(outcome, record)
+
+    def _finished(self, outcome: Outcome, record: dict[str, Any]) -> Trained:
+        """Weighs the network where that is still to do, and writes everything that stays."""
+        settings = self.recipe.settings
         fresh = self.latest if settings.patience is None else None  # patience may have gone back to older weights
         counts = fresh or self._weigh(outcome.network)
         metrics = counts.metrics()
@@ -206,6 +210,7 @@ class _Run:
             metrics,
             {"evaluated": counts.evaluated, "refused": len(counts.refused)},
             {"train": round(outcome.seconds, 2)},
+            outcome.findings,
         )
         if self.world.first:
             record |= {
@@ -214,18 +219,18 @@ class _Run:
                 "metrics": metrics,
                 "counts": dict(trained.counts),
                 "seconds": dict(trained.seconds),
-                "refused": {"train": sorted(set(outcome.refused)), "val": counts.refused},
+                "findings": [asdict(finding) for finding in trained.findings],
+                "refused": {"train": sorted(outcome.refused.items()), "val": counts.refused},
             }
             self._write(outcome.network, counts, record)
         self.world.agree(None)  # nobody leaves before the files are there
         return trained
 
-    def _batches(self) -> Callable[[int], TrainLoader]:
+    def _batches(self, step: int, say: Callable[[str], None]) -> TrainLoader:
         settings = self.recipe.settings
-        transform = self.recipe.augment.bind(self.recipe.preprocess)
-        return lambda step: TrainLoader(
+        return TrainLoader(
             self.splits.train,
-            transform,
+            self.recipe.augment.bind(self.recipe.preprocess),
             batch_size=settings.batch_size,
             seed=settings.seed,
             steps=range(step, ENDLESS),
@@ -234,13 +239,22 @@ class _Run:
             world=self.world.size,
             workers=settings.workers,
             pin_memory=self.world.device.type == "cuda",
+            say=say,
         )
 
-    def _evaluate(self, network: nn.Module) -> dict[str, float]:
-        self.latest = self._weigh(network)
-        return self.latest.metrics()
+    def _evaluate(self, network: nn.Module, heed: Callable[[], None]) -> dict[str, float]:
+        first, self.latest = self.latest is None, self._weigh(network, heed)
+        counts = self.latest
+        for name, reason in counts.refused if first else ():
+            self.validation.say(f"held out, counts as wrong, {printable(name)}: {printable(reason)}")
+        told = {"balanced": counts.balanced(), "commonest": counts.commonest(), "loss_error": counts.loss_error()}
+        return counts.metrics() | told
 
-    def _weigh(self, network: nn.Module) -> Accuracy:
+    def _labels(self) -> Labels:
+        train, val = self.splits.train, self.splits.val
+        return Labels(train.classes, tuple(train.counts().values()), tuple(val.counts().values()))
+
+    def _weigh(self, network: nn.Module, heed: Callable[[], None] = lambda: None) -> Accuracy:
         """The counts of a network over the validation images, over all processes."""
         part = accuracy(
             network,
@@ -248,6 +262,7 @@ class _Run:
             len(self.splits.val.classes),
             device=self.world.device,
             precision=self.precision,
+            heed=heed,
         )
         first, *others = self.world.gather(part)
         return first.merge(others)
@@ -287,26 +302,6 @@ def _threads(count: int) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _fitting(recipe: Recipe, network: Network, images: int, world: World) -> Recipe:
-    """The recipe with a batch that the processes can share evenly, in pairs, and as many threads as pay.
-
-    Threads that wait for each other at every small operation cost far more than they bring. The number is part of the
-    record, because sums in another order differ in their last bits.
-    """
-    unit = 2 * world.size
-    batch = min(recipe.settings.batch_size, images)
-    if world.size > 1:
-        if batch < unit:
-            raise UserError(f"{images} images are too few for {world.size} processes")
-        batch = batch // unit * unit
-    height, width = recipe.architecture.backbone.image_size
-    with torch.no_grad():
-        tokens = network.backbone(torch.zeros(1, recipe.architecture.backbone.in_chans, height, width)).x.shape[1]
-    work = 6 * count_parameters(network) * tokens * batch / world.size
-    threads = recipe.settings.threads or (1 if work < SMALL_WORK else torch.get_num_threads())
-    return recipe.told({"batch_size": batch, "threads": threads}, {})
 
 
 def _require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder) -> None:

@@ -8,8 +8,6 @@ from sightline.network import Architecture
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
-FLIPS = "nothing says that mirrored images keep their meaning, so none is mirrored (--horizontal-flip 0.5 does)"
-
 
 def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) -> Recipe:
     """A present-day default: AdamW whose rate falls towards the input (arXiv 2106.08254), random crops, smoothing."""
@@ -18,7 +16,15 @@ def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) 
         "fine-tune",
         _with_stochastic_depth(architecture),
         preprocess,
-        Augment(crop="resized", crop_scale=(0.4, 1.0), brightness=0.2, contrast=0.2, saturation=0.2),
+        Augment(
+            crop="resized",
+            crop_scale=(0.4, 1.0),
+            horizontal_flip=facts.mirroring.horizontal / 2,
+            vertical_flip=facts.mirroring.vertical / 2,
+            brightness=0.2,
+            contrast=0.2,
+            saturation=0.2,
+        ),
         Settings(
             epochs=epochs,
             batch_size=min(64, max(facts.images // 8, 2)) // 2 * 2,
@@ -28,7 +34,7 @@ def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) 
             warmup=0.1,
             smoothing=0.1,
         ),
-        ("the weights have learned before, so layers near the input change least", FLIPS),
+        ("the weights have learned before, so layers near the input change least", facts.mirroring.why),
     )
 
 
@@ -51,7 +57,7 @@ def fine_tune_as_published(facts: Facts, architecture: Architecture, preprocess:
         "fine-tune-as-published",
         architecture,
         preprocess,
-        Augment(crop="resized", crop_scale=(0.05, 1.0)),
+        Augment(crop="resized", crop_scale=(0.05, 1.0), horizontal_flip=facts.mirroring.horizontal / 2),
         Settings(
             epochs=max(500 * batch / facts.images, 1),
             batch_size=batch,
@@ -61,7 +67,7 @@ def fine_tune_as_published(facts: Facts, architecture: Architecture, preprocess:
             clip_grad=1.0,
             warmup=0.1,
         ),
-        ("the paper's fine-tuning was asked for", FLIPS),
+        ("the paper's fine-tuning was asked for", facts.mirroring.why),
     )
 
 

@@ -1,5 +1,7 @@
 """Learning from the user's images alone, with random weights at first."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from sightline.images.augment import Augment
@@ -8,72 +10,111 @@ from sightline.network import Architecture, count_parameters, describe
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
-VIEWS = 100_000
-"""Training images, repetitions counted, that a small network gets to see."""
+VIEWS = 60_000
+"""Training images, repetitions counted, that a small network gets to see where no time is given."""
+
+ENOUGH = 400_000
+"""Views that a larger network has to have time for, before it is taken."""
+
+CELLS, PATCHES = 6.7, (2, 4, 6, 8, 12, 16, 24, 32)
+"""Patches along the side of a square image, or about so many, and their sides in pixels, for which a few small strides
+suffice."""
+
+LARGEST, SMALLEST = 96, 24
+"""Pixels along the side of a square: larger images are reduced, for their size costs much and teaches a small network
+little; smaller ones are enlarged, for a picture of 8×8 pixels loses its strokes when it is turned."""
 
 SMALL = 2_000_000
 """Parameters below which a network bears the higher learning rate."""
 
+SIZES = ("pico", "nano")
+"""The networks to choose from, in growing order."""
 
-def from_scratch(facts: Facts, *, model: str | None = None, **overrides: Any) -> Recipe:
+
+def from_scratch(
+    facts: Facts,
+    *,
+    model: str | None = None,
+    minutes: float | None = None,
+    pace: Callable[[Recipe], float] | None = None,
+    **overrides: Any,
+) -> Recipe:
     """A Vision Transformer that fits the number and size of the images, taught from random weights.
 
-    Small images are enlarged rather than cut into patches of one or two pixels; few images get a small network, gentle
-    changes of place, size and angle, and no mirroring, which would change the meaning of letters and digits.
-    On the 1,437 training images of `builtin:digits`: a minute and a half on two cores, about 99.4 % of the held-out
-    digits right (mean of three seeds; docs/log.md has the runs).
+    Its patches are read by a few small convolutions, and all kernels are taught by Muon: of what was tried, these two
+    together learn most from few images in little time (docs/log.md). `pace` tells the seconds that an update of a
+    recipe takes here; with it and `minutes`, the largest network is taken that still sees its images often enough.
     """
-    architecture, why = _network(facts, model, overrides)
-    epochs = min(max(round(VIEWS / facts.images), 20), 300)
-    small = facts.side <= 64
+    candidates = [_recipe(facts, size, model, minutes, dict(overrides)) for size in SIZES[: 1 if model else None]]
+    if minutes is None or pace is None:
+        return candidates[0] if facts.images < 5_000 else candidates[-1]
+    chosen = candidates[0]
+    for candidate in candidates[1:]:
+        views = 60 * minutes / pace(candidate) * candidate.settings.batch_size
+        if views < max(ENOUGH, 60 * facts.images):
+            break
+        chosen = candidate
+    return chosen
+
+
+def _recipe(facts: Facts, size: str, model: str | None, minutes: float | None, overrides: dict[str, Any]) -> Recipe:
+    architecture, why = _network(facts, size, model, overrides)
+    epochs = min(max(round(VIEWS / facts.images), 12), 300)
+    length = [] if minutes else [f"{epochs} epochs show it {epochs * facts.images:,} images"]
     return Recipe(
         "from-scratch",
         architecture,
-        Preprocess(size=architecture.backbone.image_size, resize="squash" if small else "crop"),
-        _variation(small),
+        Preprocess(size=architecture.backbone.image_size, resize="squash" if facts.alike else "crop"),
+        Augment(
+            degrees=10.0,
+            translate=0.06,
+            zoom=(0.9, 1.1),
+            shear=5.0,
+            horizontal_flip=facts.mirroring.horizontal / 2,
+            vertical_flip=facts.mirroring.vertical / 2,
+        ),
         Settings(
             epochs=epochs,
-            batch_size=min(64, max(facts.images // 8, 2)) // 2 * 2,
-            lr=3e-3 if count_parameters(architecture.lay_out()) < SMALL else 1e-3,
+            batch_size=min(32 if facts.images < 5_000 else 64, max(facts.images // 4, 8)) // 2 * 2,
+            optimizer="muon",
+            lr=2e-3 if count_parameters(architecture.lay_out()) < SMALL else 1e-3,
+            beta2=0.99,
             weight_decay=0.05,
             warmup=0.07,
             min_lr=0.01,
             smoothing=0.1,
             mixup=0.15,
+            evaluations=20 if minutes is None else min(max(round(4 * minutes), 3), 20),
         ),
-        (
-            *why,
-            f"{epochs} epochs show it {epochs * facts.images:,} images, and {VIEWS:,} or so are enough",
-            "nothing says that mirrored images keep their meaning, so none is mirrored (--horizontal-flip 0.5 does)",
-        ),
+        (*why, *length, facts.mirroring.why),
     )
 
 
-def _network(facts: Facts, model: str | None, overrides: dict[str, Any]) -> tuple[Architecture, list[str]]:
+def _network(facts: Facts, size: str, model: str | None, overrides: dict[str, Any]) -> tuple[Architecture, list[str]]:
     if model is not None:
         return describe(model, facts.classes, **overrides), [f"{model} was asked for"]
-    name = "vit_pico_patch4_32" if facts.images < 5_000 else "vit_nano_patch4_32"
-    size, patch = _resolution(facts.side)
-    fitting: dict[str, Any] = {"image_size": size, "patch_size": patch} | overrides
-    cells = fitting["image_size"] if isinstance(fitting["image_size"], int) else min(fitting["image_size"])
-    why = [
-        f"{facts.images:,} images are few for a Vision Transformer, so the network is small",
-        f"images of {facts.size[0]}×{facts.size[1]} pixels read at {cells} pixels make a grid of about "
-        f"{-(-cells // patch)}×{-(-cells // patch)} patches",
+    asked = overrides.get("image_size")
+    height, width = resolution(facts) if asked is None else (asked, asked) if isinstance(asked, int) else asked
+    enlarged = math.sqrt(height * width / math.prod(facts.size))
+    sides = [side for side in PATCHES if side >= 2 * enlarged] or PATCHES[-1:]  # two pixels of the image, at least
+    patch = min(sides, key=lambda side: abs(math.log(math.sqrt(height * width) / side / CELLS)))
+    if asked is None:
+        height, width = (max(round(side / patch), 1) * patch for side in (height, width))
+    fitting: dict[str, Any] = {"patch_size": patch, "tokenizer": "convolution"} | overrides
+    fitting["image_size"] = (height, width)
+    architecture = describe(f"vit_{size}_patch4_32", facts.classes, **fitting)
+    grid = "×".join(str(-(-n // p)) for n, p in zip((height, width), architecture.backbone.patch_size, strict=True))
+    return architecture, [
+        f"{facts.images:,} images are few for a Vision Transformer, so the network is small, reads its patches by "
+        "convolutions and is taught by Muon",
+        f"images of {facts.size[0]}×{facts.size[1]} pixels read at {height}×{width} make a grid of {grid} patches",
     ]
-    return describe(name, facts.classes, **fitting), why
 
 
-def _resolution(side: int) -> tuple[int, int]:
-    """Input size and patch size, in pixels, for images whose shorter side is typically `side`."""
-    if side <= 16:
-        return 24, 6
-    if side <= 64:
-        return -(-side // 8) * 8, max(side // 8, 2)
-    return 96, 12
-
-
-def _variation(small: bool) -> Augment:
-    if small:
-        return Augment(degrees=10.0, translate=0.06, zoom=(0.9, 1.1), shear=5.0)
-    return Augment(crop="resized", crop_scale=(0.5, 1.0), brightness=0.2, contrast=0.2, saturation=0.2)
+def resolution(facts: Facts) -> tuple[int, int]:
+    """Input size (height, width) in pixels: of the images' own shape where they agree on one."""
+    height, width = facts.size if facts.alike else (facts.side, facts.side)
+    height, width = min(height, 4 * width), min(width, 4 * height)  # a grid of one row would see little of a panorama
+    side = min(height, width)
+    scale = math.ceil(SMALLEST / side) if side < SMALLEST else min(LARGEST / math.sqrt(height * width), 1.0)
+    return round(height * scale), round(width * scale)

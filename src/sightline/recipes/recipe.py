@@ -13,6 +13,7 @@ from sightline.images.augment import Augment
 from sightline.images.decode import ImageError, image_size
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture
+from sightline.recipes.mirroring import UNKNOWN, Mirroring, mirroring
 from sightline.schema import from_json, require, to_json
 from sightline.training.settings import Settings
 
@@ -20,13 +21,23 @@ LOOKED_AT = 256
 """Images whose size is looked at to choose a resolution."""
 
 
+ALIKE = 1.15
+"""Ratio up to which two aspect ratios count as the same."""
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe is chosen by: how many images and classes, and the (height, width) that half of them exceed."""
+    """What a recipe is chosen by.
+
+    How many images and classes; the (height, width) in pixels that half of them exceed, and whether nearly all have
+    about that aspect ratio; which reflections they bear.
+    """
 
     images: int
     classes: int
     size: tuple[int, int]
+    alike: bool = True
+    mirroring: Mirroring = UNKNOWN
 
     @property
     def side(self) -> int:
@@ -34,14 +45,17 @@ class Facts:
         return min(self.size)
 
 
-def facts(images: ImageSet) -> Facts:
-    """The facts of a set, by the headers of an even sample of its images."""
+def facts(images: ImageSet, seed: int, *, reflections: bool = True) -> Facts:
+    """The facts of a set: sizes by the headers of an even sample of its images, reflections by a probe where asked."""
     rows = np.unique(np.linspace(0, len(images) - 1, num=min(LOOKED_AT, len(images))).astype(int))
     sizes = [size for i in rows if (size := _size(images.samples[int(i)].image)) is not None]
     if not sizes:
         raise UserError("none of the training images can be read")
     height, width = np.median(np.array(sizes), axis=0)
-    return Facts(len(images), len(images.classes), (int(height), int(width)))
+    ratios = np.array([h / w for h, w in sizes]) / (height / width)
+    alike = bool(np.mean((ratios > 1 / ALIKE) & (ratios < ALIKE)) > 0.9)
+    mirrored = mirroring(images, seed) if reflections else UNKNOWN
+    return Facts(len(images), len(images.classes), (int(height), int(width)), alike, mirrored)
 
 
 def _size(image: Picture) -> tuple[int, int] | None:

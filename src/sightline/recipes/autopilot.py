@@ -1,0 +1,125 @@
+"""Chooses what the user leaves open: by the images, by the machine, and by the time there is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sightline.checkpoints.load import load_bundle
+from sightline.datasets.image_set import ImageSet
+from sightline.device import pick_precision
+from sightline.errors import UserError, suggest
+from sightline.network import Network, count_parameters
+from sightline.recipes.fine_tune import RECIPES
+from sightline.recipes.from_scratch import from_scratch
+from sightline.recipes.pace import measure, micro_batch
+from sightline.recipes.recipe import Facts, Recipe, facts
+from sightline.training.distributed import World
+
+SMALL_WORK = 2e10
+"""Floating-point operations of an update below which one thread is faster than several."""
+
+
+def autopilot(
+    images: ImageSet,
+    world: World,
+    *,
+    model: str | None,
+    weights: Any,
+    recipe: str | None,
+    resize: str | None,
+    network: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    augment: Mapping[str, Any],
+) -> tuple[Recipe, Network, list[str]]:
+    """The recipe for these images with what the user said in it, its network at the start, and what was measured.
+
+    Only a run by the clock is shaped by the measured pace; any other is the same on every machine, but for images
+    that go through the network in smaller parts where memory is short.
+    """
+    seed = int(settings.get("seed", 0))
+    told = {"horizontal_flip", "vertical_flip"} <= set(augment)
+    known = facts(images, seed, reflections=not told)
+
+    def pace(candidate: Recipe) -> float:
+        candidate = _sharing(candidate.told(settings, augment), candidate.architecture.build(), len(images), world)
+        return _measured(candidate, candidate.architecture.build(), world)[0]
+
+    torch.manual_seed(seed)
+    if weights is None or str(weights) == "none":
+        if recipe not in (None, "from-scratch"):
+            raise UserError(f"recipe '{recipe}' starts from weights: name them with --weights")
+        if resize == "native" and model is None:
+            network = {"tokenizer": "patch", **network}  # convolutions cannot read images of unlike sizes in one batch
+        chosen = from_scratch(known, model=model, minutes=settings.get("minutes"), pace=pace, **network)
+        torch.manual_seed(seed)
+        taught = chosen.architecture.build()
+    else:
+        chosen, taught = _from_weights(known, model, weights, recipe or "fine-tune", network)
+    chosen = _sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
+    seconds, memory = _measured(chosen, taught, world)
+    parts = chosen.settings.micro_batch or world.agree(micro_batch(chosen.settings, memory, world.device))
+    remarks = [_estimate(chosen, seconds, len(images))]
+    if parts != chosen.settings.micro_batch:
+        remarks.append(f"an image takes {memory / 2**20:.0f} MiB while it is learned from, so {parts} go at a time")
+    return chosen.told({"micro_batch": parts}, {}), taught, remarks
+
+
+def _from_weights(
+    known: Facts, model: str | None, weights: Any, recipe: str, overrides: Mapping[str, Any]
+) -> tuple[Recipe, Network]:
+    if recipe not in RECIPES:
+        raise UserError(f"unknown recipe '{recipe}'.{suggest(recipe, RECIPES)} There are {', '.join(RECIPES)}.")
+    bundle = load_bundle(weights, architecture=model, num_classes=known.classes, **overrides)
+    preprocess = bundle.preprocess.at(bundle.network.architecture.backbone.image_size)
+    chosen = RECIPES[recipe](known, bundle.network.architecture, preprocess)
+    network = chosen.architecture.build()
+    network.load_state_dict(bundle.network.state_dict())
+    head = network.head.classifier
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return chosen, network
+
+
+def _sharing(recipe: Recipe, network: Network, images: int, world: World) -> Recipe:
+    """The recipe with a batch that the processes can share evenly, in pairs, and as many threads as pay.
+
+    Threads that wait for each other at every small operation cost far more than they bring. The number is part of the
+    record, because sums in another order differ in their last bits.
+    """
+    unit = 2 * world.size
+    batch = min(recipe.settings.batch_size, images)
+    if world.size > 1:
+        if batch < unit:
+            raise UserError(f"{images} images are too few for {world.size} processes")
+        batch = batch // unit * unit
+    height, width = recipe.architecture.backbone.image_size
+    with torch.no_grad():
+        tokens = network.backbone(torch.zeros(1, recipe.architecture.backbone.in_chans, height, width)).x.shape[1]
+    work = 6 * count_parameters(network) * tokens * batch / world.size
+    threads = recipe.settings.threads or (1 if work < SMALL_WORK else torch.get_num_threads())
+    return recipe.told({"batch_size": batch, "threads": threads}, {})
+
+
+def _measured(recipe: Recipe, network: Network, world: World) -> tuple[float, int]:
+    """Seconds of an update and bytes for an image, as the first process finds them."""
+    precision = pick_precision(recipe.settings.precision, world.device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.settings.threads or before)
+    try:
+        found = measure(network, recipe.told({"compile": False}, {}).settings, world.device, precision)
+    finally:
+        torch.set_num_threads(before)
+    return world.agree((found.seconds / world.size, found.memory))
+
+
+def _estimate(recipe: Recipe, seconds: float, images: int) -> str:
+    settings = recipe.settings
+    pace = f"an update takes about {seconds:.2g} s here"
+    if settings.minutes is not None:
+        epochs = 60 * settings.minutes / seconds * settings.batch_size / images
+        return f"{pace}, so that {settings.minutes:g} minutes show it each image about {epochs:.3g} times"
+    minutes = settings.epochs * max(images // settings.batch_size, 1) * seconds / 60
+    told = f"{minutes:.2g} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
+    return f"{pace}: about {told} in all, without reading and evaluation (--minutes N takes N)"
