@@ -7,8 +7,9 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect; the loopback hub lifts this by itself
-settings.register_profile("shared", deadline=None)  # a machine under load is no failure
-settings.load_profile("shared")
+settings.register_profile("change", deadline=None, max_examples=100)  # no deadline: a machine under load is no failure
+settings.register_profile("nightly", deadline=None, max_examples=10_000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "change"))
 install_import_hook("sightline", "typecheck.check")
 
 import torch  # noqa: E402  (the hook has to stand before anything imports sightline)

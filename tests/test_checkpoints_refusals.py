@@ -264,7 +264,7 @@ def test_tensors_of_an_unknown_layout(tmp_path: Path) -> None:
 
 
 CONFIGS = [
-    ("transformers", {"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map"),
+    ("transformers", {"auto_map": {"AutoModel": "evil.Evil"}}, "asks for code from the folder"),
     ("transformers", {"num_hidden_layers": 10**9}, "depth 1000000000 is larger"),
     ("transformers", {"num_hidden_layers": 1000}, "too few"),
     ("transformers", {"image_size": 10**6}, "1000000"),

@@ -284,7 +284,8 @@ def _glorot(module: nn.Module) -> None:
 FAMILIES = {"vit": ViT}
 
 _SIZES = {
-    # Two sizes of our own, for small images and few of them.
+    # Sizes of our own, for small images and few of them.
+    "femto": {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
     "pico": {"embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0},
     "nano": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -310,6 +311,7 @@ def _row(size: str, patch: int, image: int, parameters: int) -> Variant:
 VARIANTS = {
     f"vit_{size}_patch{patch}_{image}": _row(size, patch, image, parameters)
     for size, patch, image, parameters in [
+        ("femto", 4, 32, 139_432),
         ("pico", 4, 32, 206_376),
         ("nano", 4, 32, 938_856),
         ("tiny", 16, 224, 5_717_416),

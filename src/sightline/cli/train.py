@@ -18,7 +18,9 @@ _OWN = ("seed", "epochs", "minutes", "precision")
 
 def arguments(parser: Any) -> None:
     """The verb's own arguments."""
-    parser.add_argument("data", metavar="DATA", help="folder of class folders, CSV with path,label, or builtin:digits")
+    parser.add_argument(
+        "data", metavar="DATA", help="folder of class folders, archive of one, CSV with path,label, or builtin:digits"
+    )
     parser.add_argument("--task", default="classify", choices=("classify",), help="what to learn")
     parser.add_argument("--model", help="architecture, as `sightline models` lists them")
     parser.add_argument("--weights", metavar="SOURCE", help="weights to start from: a file, a folder, hf:…; or none")

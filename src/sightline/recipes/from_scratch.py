@@ -13,9 +13,6 @@ from sightline.training.settings import Settings
 VIEWS = 60_000
 """Training images, repetitions counted, that a small network gets to see where no time is given."""
 
-ENOUGH = 400_000
-"""Views that a larger network has to have time for, before it is taken."""
-
 CELLS, PATCHES = 6.7, (2, 4, 6, 8, 12, 16, 24, 32)
 """Patches along the side of a square image, or about so many, and their sides in pixels, for which a few small strides
 suffice."""
@@ -27,8 +24,13 @@ little; smaller ones are enlarged, for a picture of 8×8 pixels loses its stroke
 SMALL = 2_000_000
 """Parameters below which a network bears the higher learning rate."""
 
-SIZES = ("pico", "nano")
-"""The networks to choose from, in growing order."""
+SIZES = {
+    "vit_femto_patch4_32": (0, 0),
+    "vit_pico_patch4_32": (40, 40_000),
+    "vit_nano_patch4_32": (60, 400_000),
+}
+"""The networks to choose from, in growing order, and what there has to be time for: so many epochs, and so many images,
+repetitions counted."""
 
 
 def from_scratch(
@@ -45,20 +47,22 @@ def from_scratch(
     together learn most from few images in little time (docs/log.md). `pace` tells the seconds that an update of a
     recipe takes here; with it and `minutes`, the largest network is taken that still sees its images often enough.
     """
-    candidates = [_recipe(facts, size, model, minutes, dict(overrides)) for size in SIZES[: 1 if model else None]]
+    if model is not None:
+        asked = describe(model, facts.classes, **overrides)
+        return _recipe(facts, asked, [f"{model} was asked for"], minutes)
+    small, medium, large = (_recipe(facts, *_fitting(facts, name, overrides), minutes) for name in SIZES)
     if minutes is None or pace is None:
-        return candidates[0] if facts.images < 5_000 else candidates[-1]
-    chosen = candidates[0]
-    for candidate in candidates[1:]:
-        views = 60 * minutes / pace(candidate) * candidate.settings.batch_size
-        if views < max(ENOUGH, 60 * facts.images):
+        return medium if facts.images < 5_000 else large
+    chosen = small
+    for candidate, (epochs, views) in zip((medium, large), list(SIZES.values())[1:], strict=True):
+        possible = 60 * minutes / pace(candidate) * candidate.settings.batch_size
+        if possible < max(views, epochs * facts.images):
             break
         chosen = candidate
     return chosen
 
 
-def _recipe(facts: Facts, size: str, model: str | None, minutes: float | None, overrides: dict[str, Any]) -> Recipe:
-    architecture, why = _network(facts, size, model, overrides)
+def _recipe(facts: Facts, architecture: Architecture, why: list[str], minutes: float | None) -> Recipe:
     epochs = min(max(round(VIEWS / facts.images), 12), 300)
     length = [] if minutes else [f"{epochs} epochs show it {epochs * facts.images:,} images"]
     return Recipe(
@@ -90,9 +94,8 @@ def _recipe(facts: Facts, size: str, model: str | None, minutes: float | None, o
     )
 
 
-def _network(facts: Facts, size: str, model: str | None, overrides: dict[str, Any]) -> tuple[Architecture, list[str]]:
-    if model is not None:
-        return describe(model, facts.classes, **overrides), [f"{model} was asked for"]
+def _fitting(facts: Facts, name: str, overrides: dict[str, Any]) -> tuple[Architecture, list[str]]:
+    """A network for the shape of the images, and why it is so."""
     asked = overrides.get("image_size")
     height, width = resolution(facts) if asked is None else (asked, asked) if isinstance(asked, int) else asked
     enlarged = math.sqrt(height * width / math.prod(facts.size))
@@ -102,7 +105,7 @@ def _network(facts: Facts, size: str, model: str | None, overrides: dict[str, An
         height, width = (max(round(side / patch), 1) * patch for side in (height, width))
     fitting: dict[str, Any] = {"patch_size": patch, "tokenizer": "convolution"} | overrides
     fitting["image_size"] = (height, width)
-    architecture = describe(f"vit_{size}_patch4_32", facts.classes, **fitting)
+    architecture = describe(name, facts.classes, **fitting)
     grid = "×".join(str(-(-n // p)) for n, p in zip((height, width), architecture.backbone.patch_size, strict=True))
     return architecture, [
         f"{facts.images:,} images are few for a Vision Transformer, so the network is small, reads its patches by "
