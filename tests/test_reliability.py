@@ -373,16 +373,18 @@ with listening() as request:
 
 
 def test_a_second_signal_does_not_wait_for_the_operation_at_work():
-    process = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    assert process.stdout.readline() == "heard\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    assert process.wait(timeout=60) == 130
-    assert time.monotonic() - began < 5
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.terminate()
+            assert process.stdout.readline() == "heard\n"
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            assert process.wait(timeout=60) == 130
+            assert time.monotonic() - began < 5
+        finally:
+            process.kill()
 
 
 def test_random_kills_of_the_command(tmp_path):
