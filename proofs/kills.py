@@ -33,7 +33,7 @@ from sightline.cli.main import main as command
 from sightline.recipes import classify  # noqa: F401  (imported here, so that no forked process has to)
 
 SMALL = ("--embed-dim", 32, "--depth", 3, "--num-heads", 2, "--drop-path-rate", 0.2, "--save-seconds", 0.2)
-SMALL += ("--lr", 0.003, "--threads", 1)
+SMALL += ("--lr", 0.003, "--threads", 1, "--horizontal-flip", 0, "--vertical-flip", 0)
 HARD = ("--mixup", 0.3, "--cutmix", 0.5, "--smoothing", 0.1, "--ema", 0.95)
 
 

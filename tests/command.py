@@ -16,7 +16,7 @@ from sightline.cli.main import main
 from sightline.datasets.digits import digits
 from sightline.datasets.folder import write_images
 
-TINY = ("--embed-dim", 16, "--depth", 2, "--num-heads", 2, "--workers", 0)
+TINY = ("--tokenizer", "patch", "--embed-dim", 16, "--depth", 2, "--num-heads", 2, "--workers", 0)
 
 
 class Said(NamedTuple):

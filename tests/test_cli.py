@@ -25,6 +25,7 @@ from command import TINY, Said, cli, ended, model, photos, pictures, refusal, st
 from sightline.cli.main import main, verbs
 from sightline.datasets.folder import write_images
 from sightline.errors import WorkError
+from test_checkpoints_refusals import reseal
 
 
 class TestHelp:
@@ -242,6 +243,7 @@ class TestDamagedModels:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
+        reseal(folder)
 
     def test_nan(self, damaged, tmp_path):
         self.change(damaged, lambda tensors: tensors["head.classifier.bias"].fill_(torch.nan))

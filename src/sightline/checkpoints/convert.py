@@ -70,7 +70,9 @@ def convert(source: Bundle | str | Path, to: str, out: str | Path, **options: An
         raise UserError(f"{to} has no names for the weights of the {architecture.family} family")
     refusals = scheme.refusals(architecture, out)
     if refusals:
-        raise UserError(f"{to} cannot express this network: {'; '.join(refusals)}")
+        stem = any("tokenizer" in refusal for refusal in refusals)
+        remedy = "; a network trained with --tokenizer patch can be converted" if stem else ""
+        raise UserError(f"{to} cannot express this network: {'; '.join(refusals)}{remedy}")
     rules = scheme.rules(architecture)
     tensors = save(rules, bundle.network.state_dict())
     files = scheme.files(bundle, tensors, out)
