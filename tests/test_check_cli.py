@@ -108,6 +108,7 @@ def test_ctrl_c_ends_it_with_all_its_processes(tmp_path):
     while len(workers := children.read_text().split()) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     assert len(workers) == 2
+    time.sleep(0.5)  # both are at work, and none is being started
     process.send_signal(signal.SIGINT)
     said = ended(process)
     assert said.status == 130

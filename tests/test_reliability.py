@@ -390,7 +390,7 @@ def test_a_second_signal_does_not_wait_for_the_operation_at_work():
 def test_random_kills_of_the_command(tmp_path):
     """A few; proofs/kills.py makes hundreds."""
     data = drawn(tmp_path / "data", 24, broken=(5,))
-    words = ("train", data, "--epochs", 60, "--batch-size", 8, *TINY[:-1], 2, "--ema", 0.9, "--mixup", 0.2)
+    words = ("train", data, "--epochs", 30, "--batch-size", 8, *TINY[:-1], 2, "--ema", 0.9, "--mixup", 0.2)
     words += ("--drop-path-rate", 0.2, "--refused-limit", 0.1, "--save-seconds", 0.05, "--quiet", "--out")
     began = time.monotonic()
     assert ended(started(*words, tmp_path / "plain")).status == 0

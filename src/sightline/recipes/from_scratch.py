@@ -10,8 +10,8 @@ from sightline.network import Architecture, count_parameters, describe
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
-VIEWS = 60_000
-"""Training images, repetitions counted, that a small network gets to see where no time is given."""
+VIEWS, PLAIN_VIEWS = 60_000, 100_000
+"""Training images, repetitions counted, that a small network gets to see where no time is given; with plain patches."""
 
 CELLS, PATCHES = 6.7, (2, 4, 6, 8, 12, 16, 24, 32)
 """Patches along the side of a square image, or about so many, and their sides in pixels, for which a few small strides
@@ -63,7 +63,9 @@ def from_scratch(
 
 
 def _recipe(facts: Facts, architecture: Architecture, why: list[str], minutes: float | None) -> Recipe:
-    epochs = min(max(round(VIEWS / facts.images), 12), 300)
+    plain = architecture.backbone.tokenizer == "patch"  # for which AdamW is what was found to do (docs/log.md)
+    small = count_parameters(architecture.lay_out()) < SMALL
+    epochs = min(max(round((PLAIN_VIEWS if plain else VIEWS) / facts.images), 12), 300)
     length = [] if minutes else [f"{epochs} epochs show it {epochs * facts.images:,} images"]
     return Recipe(
         "from-scratch",
@@ -79,10 +81,10 @@ def _recipe(facts: Facts, architecture: Architecture, why: list[str], minutes: f
         ),
         Settings(
             epochs=epochs,
-            batch_size=min(32 if facts.images < 5_000 else 64, max(facts.images // 4, 8)) // 2 * 2,
-            optimizer="muon",
-            lr=2e-3 if count_parameters(architecture.lay_out()) < SMALL else 1e-3,
-            beta2=0.99,
+            batch_size=min(32 if facts.images < 5_000 and not plain else 64, max(facts.images // 4, 8)) // 2 * 2,
+            optimizer="adamw" if plain else "muon",
+            lr=(3e-3 if plain else 2e-3) if small else 1e-3,
+            beta2=0.999 if plain else 0.99,
             weight_decay=0.05,
             warmup=0.07,
             min_lr=0.01,
@@ -108,8 +110,8 @@ def _fitting(facts: Facts, name: str, overrides: dict[str, Any]) -> tuple[Archit
     architecture = describe(name, facts.classes, **fitting)
     grid = "×".join(str(-(-n // p)) for n, p in zip((height, width), architecture.backbone.patch_size, strict=True))
     return architecture, [
-        f"{facts.images:,} images are few for a Vision Transformer, so the network is small, reads its patches by "
-        "convolutions and is taught by Muon",
+        f"{facts.images:,} images are few for a Vision Transformer, so the network is small"
+        + (", reads its patches by convolutions and is taught by Muon" if fitting["tokenizer"] != "patch" else ""),
         f"images of {facts.size[0]}×{facts.size[1]} pixels read at {height}×{width} make a grid of {grid} patches",
     ]
 

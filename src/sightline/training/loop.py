@@ -50,6 +50,10 @@ NAMED = 3
 """Images that a complaint names."""
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What the loop needs of a run.
@@ -68,7 +72,7 @@ class Task:
     images: int
     steps_per_epoch: int
     evaluate: Callable[[nn.Module, Callable[[], None]], dict[str, float]]
-    begin: Callable[[], None] = lambda: None
+    begin: Callable[[], None] = _nothing
     score: str = "top1"
     name: Callable[[int], str] = str
     labels: Labels | None = None
