@@ -102,7 +102,9 @@ def test_ctrl_c_ends_it_with_all_its_processes(tmp_path):
     first = write(root / "train/a/big.png", encoded(Image.fromarray(noise), compress_level=1))
     for i in range(400):
         os.link(first, root / f"train/a/big{i}.png")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may ignore it
     process = started("check", root, "--workers", 2, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.monotonic() + 60
     while len(workers := children.read_text().split()) < 2 and time.monotonic() < until:

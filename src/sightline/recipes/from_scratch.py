@@ -63,7 +63,9 @@ def from_scratch(
 
 
 def _recipe(facts: Facts, architecture: Architecture, why: list[str], minutes: float | None) -> Recipe:
-    plain = architecture.backbone.tokenizer == "patch"  # for which AdamW is what was found to do (docs/log.md)
+    plain = (
+        getattr(architecture.backbone, "tokenizer", None) == "patch"
+    )  # for which AdamW is what was found to do (docs/log.md)
     small = count_parameters(architecture.lay_out()) < SMALL
     epochs = min(max(round((PLAIN_VIEWS if plain else VIEWS) / facts.images), 12), 300)
     length = [] if minutes else [f"{epochs} epochs show it {epochs * facts.images:,} images"]
