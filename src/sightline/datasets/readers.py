@@ -60,7 +60,7 @@ class Readers:
         self.load, self.count, self.say = load, count, say
         self.readers: list[_Reader] = []
         self.left_out: dict[int, str] = {}
-        self.blamed: Counter[int] = Counter()
+        self.blamed: Counter[tuple[int, int]] = Counter()
         self.lost = 0
 
     def read(self, steps: range) -> Iterator[Any]:
@@ -81,6 +81,7 @@ class Readers:
 
     def _read(self, steps: range) -> Iterator[Any]:
         coming, wanted, done = steps.start, [], {}
+        self.blamed.clear()
         for step in steps:
             while True:
                 while coming < min(step + AHEAD * self.count, steps.stop):
@@ -91,7 +92,6 @@ class Readers:
                     break
                 self._collect(wanted, done)
             self.lost = 0
-            self.blamed.clear()
             yield done.pop(step)
 
     def _hand_out(self, wanted: list[int]) -> None:
@@ -127,8 +127,9 @@ class Readers:
             raise WorkError(f"{TRIES} processes that read images were lost in a row, the last one {why}; {_REMEDY}")
         self.say(f"a process that reads images {why}; another reads batch {reader.owed[0]} again")
         if (index := reader.at) is not None:
-            self.blamed[index] += 1
-            if self.blamed[index] >= BLAMED:
+            at = (reader.owed[0], index)  # of this step: one loss now and one an epoch later are no row
+            self.blamed[at] += 1
+            if self.blamed[at] >= BLAMED:
                 self.left_out[index] = f"each of {BLAMED} processes that read it {why}"
         for step in reader.owed:
             heappush(wanted, step)
