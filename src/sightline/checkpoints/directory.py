@@ -15,11 +15,12 @@ from sightline.checkpoints.atomic import write_atomic
 from sightline.checkpoints.files import safetensors_of
 from sightline.checkpoints.hashes import hashes_of
 from sightline.checkpoints.measure import refuse_other
-from sightline.checkpoints.rules import Found, Rule, save
+from sightline.checkpoints.rules import Found, save
 from sightline.checkpoints.scheme import Bundle, Content, Coverage, Reading, Request, Scheme, Stored
 from sightline.checkpoints.sealed import SEAL, sealed
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
+from sightline.layout import Rule
 from sightline.network import Architecture, Network
 from sightline.schema import require
 

@@ -15,10 +15,11 @@ from einops import rearrange
 from torch import Tensor
 
 from sightline.checkpoints.measure import Facts, divides, stored_architecture
-from sightline.checkpoints.rules import Found, Rule, transposed
+from sightline.checkpoints.rules import Found
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
+from sightline.layout import Rule, transposed
 from sightline.network import Architecture
 from sightline.registry import variants
 

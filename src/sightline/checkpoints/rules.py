@@ -1,46 +1,15 @@
-"""A checkpoint format as a table that is read both ways: their names and shapes to ours, and back."""
+"""A layout's table at work: the tensors of a checkpoint to our parameters, and back, with nothing left over."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sightline.errors import UserError, printable
-
-Convert = Callable[..., tuple[Tensor, ...]]
-"""Tensors in the order of one side of a rule to those of the other; shapes alone decide what it does."""
-
-
-def unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as they are."""
-    return tensors
-
-
-def transposed(*matrices: Tensor) -> tuple[Tensor, ...]:
-    """Each matrix with rows and columns exchanged."""
-    return tuple(matrix.T for matrix in matrices)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which of our parameters correspond to which of their tensors, and how each side becomes the other.
-
-    `load` takes theirs and gives ours, `save` the reverse; both only move numbers and never change one. `save` also
-    runs on tensors without memory, to say which shapes are expected on disk.
-    """
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    load: Convert = unchanged
-    save: Convert = unchanged
-
-
-def same(ours: str, theirs: str) -> list[Rule]:
-    """Weight and bias of a layer that both sides store alike."""
-    return [Rule((f"{ours}.{part}",), (f"{theirs}.{part}",)) for part in ("weight", "bias")]
+from sightline.layout import Rule
 
 
 @dataclass(frozen=True)

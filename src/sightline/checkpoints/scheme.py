@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sightline.backbones.backbone import settled
 from sightline.checkpoints.files import Contents
-from sightline.checkpoints.rules import Found, Rule
+from sightline.checkpoints.rules import Found
 from sightline.errors import UserError, printable, suggest
 from sightline.images.preprocess import Preprocess
+from sightline.layout import Rule
 from sightline.network import Architecture, Network
 from sightline.schema import from_json
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sightline.checkpoints.files import bare_file, safetensors_of
 from sightline.checkpoints.measure import Facts, divides, stored_architecture
-from sightline.checkpoints.rules import Found, Rule, same
+from sightline.checkpoints.rules import Found
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
 from sightline.errors import UserError, printable, suggest
 from sightline.images.interchange import from_transformers, to_transformers
 from sightline.images.preprocess import Preprocess
+from sightline.layout import Rule, same
 from sightline.network import Architecture
 from sightline.schema import require
 
