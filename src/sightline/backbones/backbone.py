@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -43,6 +44,23 @@ class Backbone(nn.Module, ABC):
         `pixels` are normalised, of any size. In a batch of unlike sizes each image stands in the upper left corner of
         its canvas and `sizes` gives its (height, width) in pixels; every image gets the answer it gets alone.
         """
+
+    def _one_by_one(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"]) -> Tokens:
+        """What `forward` makes of each image of a padded batch alone, on a canvas as large as the largest grid.
+
+        For families in which neighbours across the edge of an image cannot be hidden by a mask.
+        """
+        alone = [self(image[None, :, :h, :w]) for image, (h, w) in zip(pixels, sizes.tolist(), strict=True)]
+        rows, columns = (max(sides) for sides in zip(*(tokens.grid for tokens in alone), strict=True))
+        prefix = alone[0].prefix
+        x = pixels.new_zeros(len(alone), prefix + rows * columns, self.width, dtype=alone[0].x.dtype)
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        cells = torch.arange(rows * columns, device=x.device).reshape(rows, columns)
+        for image, tokens in enumerate(alone):
+            own = cells[: tokens.grid[0], : tokens.grid[1]].flatten() + prefix
+            own = torch.cat([torch.arange(prefix, device=x.device), own])
+            x[image, own], mask[image, own] = tokens.x[0], True
+        return Tokens(x, (rows, columns), prefix, mask)
 
     def layer_of(self, parameter: str) -> int:
         """The layer that a parameter belongs to, 0 (embeddings) to `depth + 1` (what follows the last layer).
