@@ -175,7 +175,7 @@ def faults(home: Path) -> dict[str, tuple[str, Callable[[Path], dict[str, Any]]]
             lambda out: train(four(), out, **settings, lr=0.3, warmup=0.9, clip_grad=1e9),
         ),
         "SGD at rate 3, gradients not clipped": (
-            "divergence",
+            "not-finite",
             lambda out: train(four(), out, **settings, optimizer="sgd", lr=3.0, clip_grad=1e9, warmup=0.0),
         ),
         "NaN in one image of 24": ("not-finite", poisonous),
@@ -199,7 +199,7 @@ def faults(home: Path) -> dict[str, tuple[str, Callable[[Path], dict[str, Any]]]
                 shuffled(home / "heart", drawn(home / "fewer", dict.fromkeys("abcd", 30), val=2)),
                 out,
                 **SMALL | PLAIN,
-                epochs=20,
+                epochs=40,
                 batch_size=20,
             ),
         ),
@@ -244,7 +244,7 @@ def healthy(home: Path) -> dict[str, Callable[[Path], dict[str, Any]]]:
             "builtin:digits", out, **SMALL, epochs=10, mixup=1.0, cutmix=1.0, smoothing=0.2
         ),
         "digits, half of the run warm-up": lambda out: train("builtin:digits", out, **SMALL, epochs=10, warmup=0.5),
-        "digits, SGD": lambda out: train("builtin:digits", out, **SMALL, epochs=10, optimizer="sgd", lr=0.05),
+        "digits, SGD": lambda out: train("builtin:digits", out, **SMALL, epochs=30, optimizer="sgd", lr=0.02),
         "digits, average of weights": lambda out: train("builtin:digits", out, **SMALL, epochs=8, ema=0.99),
         "four classes, recipe but 40 epochs": lambda out: train(four, out, workers=0, epochs=40),
         "four classes, 2 epochs": lambda out: train(four, out, **SMALL, epochs=2),

@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
 
 def test_what_a_file_cannot_tell_is_asked(tmp_path: Path) -> None:
     source = write(tmp_path, "timm file")
-    with pytest.raises(UserError, match="number of attention heads"):
+    with pytest.raises(UserError, match="does not tell its num_heads"):
         load_bundle(source, image_size=(24, 40))
     with pytest.raises(UserError, match="source_size"):
         load_bundle(source, num_heads=3)
@@ -272,10 +272,10 @@ CONFIGS = [
     ("transformers", {"num_attention_heads": 5}, "num_heads"),
     ("transformers", {"num_attention_heads": "3"}, "num_heads"),
     ("transformers", {"hidden_act": "mish"}, "hidden_act 'mish'"),
-    ("transformers", {"model_type": "swin"}, "model_type 'swin'"),
+    ("transformers", {"model_type": "mobilevit"}, "model_type 'mobilevit'"),
     ("transformers", {"architectures": ["ViTForMaskedImageModeling"]}, "ViTForMaskedImageModeling"),
-    ("timm", {"architecture": "resnet50"}, "unknown model 'resnet50'"),
-    ("timm", {"model_args": {"reg_tokens": 4}}, "reg_tokens=4"),
+    ("timm", {"architecture": "vgg16"}, "unknown model 'vgg16'"),
+    ("timm", {"model_args": {"qk_norm": True}}, "qk_norm=True"),
     ("timm", {"model_args": {"img_size": [24, 40], "depth": 10**9}}, "depth 1000000000 is larger"),
     ("timm", {"pretrained_cfg": 3}, "pretrained_cfg"),
     ("sightline", {"version": 3}, "version 3"),

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sightline.errors import UserError, WorkError
 from sightline.explanation import explain as explain_module
-from sightline.explanation.distance import mean_distance, patch_stride
+from sightline.explanation.distance import mean_distance, patch_distances
 from sightline.explanation.explain import explain
 from sightline.explanation.filters import patch_filters, principal_filters
+from sightline.explanation.grids import lattice
 from sightline.explanation.maps import Call, evaluating, record
 from sightline.explanation.positions import similarity
 from sightline.explanation.rollout import flow, on_grid, query_row, rollout, scaled
@@ -65,8 +66,8 @@ class TestGolden:
 
     def test_distance(self, golden):
         tensors, case = golden
-        stride = (float(case["patch_size"]),) * 2
-        ours = [mean_distance(layer, tuple(case["grid"]), 1, stride) for layer in tensors["input.attention"]]
+        between = patch_distances(tuple(case["grid"]), (float(case["patch_size"]),) * 2)
+        ours = [mean_distance(layer, between) for layer in tensors["input.attention"]]
         assert close(torch.stack(ours), tensors["output.distance"])
 
     def test_positions(self, golden):
@@ -124,24 +125,20 @@ class TestDistance:
         weights[:, 0, 1:, 1:] = 0.5 * torch.eye(3)
         weights[:, 0, 1:, 1] += 0.5
         weights[:, 1, 1:, 0] = 1.0  # all to the class token: no distance
-        assert torch.allclose(
-            mean_distance(weights, (1, 3), 1, (5.0, 7.0)), torch.tensor([0.5 * (0 + 7 + 14) / 3, 0.0])
-        )
+        between = patch_distances((1, 3), (5.0, 7.0))
+        assert torch.allclose(mean_distance(weights, between), torch.tensor([0.5 * (0 + 7 + 14) / 3, 0.0]))
 
     def test_rows_and_columns_have_their_own_step(self):
         weights = torch.zeros(1, 1, 4, 4)
         weights[0, 0, :, 0] = 1.0  # everyone looks at the upper left of a 2×2 grid
         expected = (0 + 11 + 5 + math.hypot(5, 11)) / 4
-        assert torch.allclose(mean_distance(weights, (2, 2), 0, (5.0, 11.0)), torch.tensor([expected]))
+        assert torch.allclose(mean_distance(weights, patch_distances((2, 2), (5.0, 11.0))), torch.tensor([expected]))
 
     @pytest.mark.parametrize("partial", ["pad", "drop"])
     @pytest.mark.parametrize("patch", [(7, 5), (16, 14), (1, 32)])
     def test_step_of_patches_that_do_not_divide_the_image(self, patch, partial):
-        network = small(patch_size=patch, partial_patches=partial, image_size=(37, 33))
-        assert patch_stride(network.backbone, (37, 33), (6, 7)) == patch
-
-    def test_step_without_a_tokenizer(self):
-        assert patch_stride(torch.nn.Identity(), (35, 22), (5, 11)) == (7, 2)
+        backbone = small(patch_size=patch, partial_patches=partial, image_size=(37, 33)).backbone
+        assert lattice(backbone, (37, 33), backbone.grid) == ((0, 0), patch)
 
 
 KINDS = {
@@ -222,10 +219,6 @@ class TestMaps:
         first, second = explain(network, pixels), explain(network, pixels)
         assert np.array_equal(first.heads, second.heads)
 
-    def test_a_backbone_without_attention(self):
-        with pytest.raises(UserError, match="no attention"):
-            record(torch.nn.Conv2d(3, 2, 1), torch.randn(1, 3, 4, 4))
-
     def test_damaged_weights(self):
         network = small()
         network.backbone.encoder.blocks[2].attention.qkv.weight.data[0, 0] = math.nan
@@ -295,9 +288,12 @@ class TestExplain:
         assert some.layers == (0, 2)
         assert np.array_equal(some.heads, every.heads[[0, 2]])
         assert np.array_equal(some.distance, every.distance)
-        for wrong in ([3], [-4], []):
-            with pytest.raises(UserError, match="layer"):
-                explain(network, pixels, layers=wrong)
+        none = explain(network, pixels, layers=[])
+        assert none.layers == none.heads == none.head_maps == ()
+        assert np.array_equal(none.rollout, every.rollout)
+        for wrong in (3, -4):
+            with pytest.raises(UserError, match=f"no layer {wrong}: the model has 3, counted from 0"):
+                explain(network, pixels, layers=[wrong])
 
     def test_only_the_last_layer_is_kept_where_all_would_be_too_much(self, monkeypatch):
         monkeypatch.setattr(explain_module, "HEADS_BYTES", 3 * 5 * 16 * 16 * 4 - 1)

@@ -173,11 +173,19 @@ def test_sincos1d_by_hand():
     torch.testing.assert_close(table[4], torch.tensor(expected))
 
 
-def test_fixed_positions_of_another_grid_are_those_made_for_it():
-    small, large = FixedPositions(12, (2, 3), prefix=1), FixedPositions(12, (5, 7), prefix=1)
-    assert torch.equal(small((5, 7)), large.table)
-    assert not small.table[:, 0].any()
-    assert not list(small.state_dict())
+def test_fixed_positions_are_carried_and_never_learned():
+    fixed = FixedPositions(12, (2, 3), prefix=1, resample="bicubic")
+    assert list(fixed.state_dict()) == ["table"]
+    assert not fixed.table.requires_grad
+    assert not fixed.table[:, 0].any()
+    assert fixed((2, 3)) is fixed.table
+    assert torch.equal(fixed((5, 7)), resample_table(fixed.table, (2, 3), (5, 7), "bicubic"))
+
+
+def test_waves_along_the_sequence_count_the_class_token():
+    with_token, without = (FixedPositions(4, (2, 3), prefix=n, kind="sincos1d").table[0] for n in (1, 0))
+    assert with_token[0].tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert torch.equal(with_token[1:6], without[1:])
 
 
 def test_relative_index_knows_offsets_and_prefix():

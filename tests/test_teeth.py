@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sightline.checkpoints import pickles
 from sightline.checkpoints.atomic import write_atomic
@@ -170,7 +170,7 @@ def test_a_tensor_is_described_in_whole_numbers(tmp_path, offset, size, stride):
 
 
 def test_a_table_that_is_computed_is_bounded_before_its_tokens_are(tmp_path):
-    size = {"image_size": 8, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1, "positions": "sincos2d"}
+    size = {"image_size": 8, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1, "positions": "relative"}
     write_model(tmp_path, create_model("vit_tiny_patch16_224", 2, **size), Preprocess((8, 8)), "ab")
     architecture = json.loads((tmp_path / "config.json").read_text())["architecture"]
     architecture["backbone"]["image_size"] = [4800, 4800]  # 360,000 tokens, which a network may have
@@ -186,6 +186,35 @@ def test_an_old_file_ends_with_its_last_tensor(tmp_path):
         file.write(b"more")
     with pytest.raises(UserError, match="4 bytes behind its last tensor"):
         read_tensors(tmp_path / "x.pth")
+
+
+def test_what_is_no_file_is_not_even_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x.png")
+    opened: list[str] = []
+    monkeypatch.setattr(os, "open", lambda path, *_: opened.append(str(path)))
+    with pytest.raises(ImageError, match="not a regular file"):
+        decode(tmp_path / "x.png")
+    assert opened == []
+
+
+def test_whatever_a_decoder_raises_is_damage(tmp_path, monkeypatch):
+    def odd(self):
+        raise ZeroDivisionError("an odd table")
+
+    Image.new("RGB", (5, 3)).save(tmp_path / "x.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", odd)
+    with pytest.raises(ImageError, match=r"damaged \(an odd table\)"):
+        decode(tmp_path / "x.png")
+
+
+def test_an_enlarged_sliver_is_never_computed_whole(monkeypatch):
+    def bounded(batch, size, **options):
+        assert size[0] * size[1] <= 2**22
+        return enlarged(batch, size=size, **options)
+
+    enlarged = torch.nn.functional.interpolate
+    monkeypatch.setattr(torch.nn.functional, "interpolate", bounded)
+    assert Preprocess((224, 224)).pixels(np.zeros((1, 4000, 3), dtype=np.uint8)).shape == (3, 224, 224)
 
 
 def test_a_file_that_becomes_a_pipe_is_still_refused(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def out_of_memory(fault: BaseException) -> bool:
     """Whether a failed computation may succeed with less at a time: PyTorch says so in several ways."""
     import torch
 
-    words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+    words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "could not create a primitive")
     told = isinstance(fault, RuntimeError) and any(word in str(fault).lower() for word in words)
     return told or isinstance(fault, (MemoryError, torch.OutOfMemoryError))
 

@@ -15,6 +15,11 @@ Convert = Callable[..., tuple[Tensor, ...]]
 """Tensors in the order of one side of a rule to those of the other; shapes alone decide what it does."""
 
 
+def unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as they are."""
+    return tensors
+
+
 @dataclass(frozen=True)
 class Rule:
     """Which of our parameters correspond to which of their tensors, and how each side becomes the other.
@@ -25,8 +30,8 @@ class Rule:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    load: Convert = lambda *tensors: tensors
-    save: Convert = lambda *tensors: tensors
+    load: Convert = unchanged
+    save: Convert = unchanged
 
 
 def same(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
@@ -89,9 +94,14 @@ class Shapes(Mapping[str, tuple[int, ...]]):
         return len({int(match[1]) for name in self.shapes if (match := re.match(pattern, name)) and len(match[1]) < 7})
 
     def outputs(self, name: str) -> int:
-        """The length of a bias or another vector, 0 where there is none: the number of classes of a classifier."""
-        shape = self.shapes.get(name, ())
-        return shape[0] if len(shape) == 1 else 0
+        """How many outputs a layer with a bias of this name has, by its weights or else by the bias; 0 without both.
+
+        One of the two is enough, so that the other is found missing or misshapen.
+        """
+        weight = self.shapes.get(re.sub(r"\bbias$", "weight", name), ())
+        kernel = self.shapes.get(re.sub(r"\bbias$", "kernel", name), ())
+        found = weight[:1] if len(weight) > 1 else kernel[-1:] if len(kernel) > 1 else self.shapes.get(name, ())
+        return found[0] if len(found) == 1 else 0
 
 
 class Layout(ABC):
@@ -106,6 +116,18 @@ class Layout(ABC):
 
     dropped: ClassVar[str] = r"$^"
     """Which tensors may lie in such a file although nothing is computed with them, as a pattern of whole names."""
+
+    former: ClassVar[Mapping[str, str]] = {}
+    """Names that some of its files still have, as patterns, and what `current` puts in the place of what they match."""
+
+    identity: ClassVar[tuple[str, ...]] = ("embed_dim", "depth")
+    """Settings by which a registered network is known again, from the shapes alone."""
+
+    untold: ClassVar[tuple[str, ...]] = ()
+    """Settings that no shape tells; they are those of the registered networks of equal identity."""
+
+    habits: ClassVar[tuple[str, ...]] = ("activation", "norm_eps", "position_resample")
+    """Settings in which this source computes as `measure` says, whatever a registered name says of them."""
 
     @abstractmethod
     def recognises(self, shapes: Shapes) -> bool:
@@ -127,6 +149,24 @@ class Layout(ABC):
     def refusals(self, backbone: Any, head: Any) -> list[str]:
         """Settings that this layout cannot express, each as a phrase; empty where it can."""
 
+    def current(self, name: str) -> str:
+        """A tensor's name as the rules have it."""
+        for pattern, now in self.former.items():
+            name = re.sub(pattern, now, name)
+        return name
+
+    def unused(self, shapes: Shapes) -> list[str]:
+        """The names in a file that nothing is computed with: those that `dropped` matches, unless there is more."""
+        return [name for name in shapes if re.fullmatch(self.dropped, name)]
+
+    def extras(self, backbone: Any, head: Any) -> dict[str, Tensor]:
+        """What the other library wants to find in a file although it is no weight of ours (counters, indices)."""
+        return {}
+
+    def remarks(self, backbone: Any, head: Any) -> list[str]:
+        """What is not carried over although the outputs are the same, for the report."""
+        return []
+
 
 class TimmLayout(Layout):
     """A layout of timm, whose directories name an architecture and the arguments of its model class."""
@@ -141,20 +181,33 @@ class TimmLayout(Layout):
 
     classifier: ClassVar[str] = "head"
     first_conv: ClassVar[str] = "patch_embed.proj"
+    fixed_input_size: ClassVar[bool] = True
+    """Whether timm's model class has to be told an image size."""
 
     def told(self, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The settings that `model_args` name. Raises UserError for an argument that has no counterpart."""
+        """The settings that `model_args` name. Raises UserError for an argument that has no counterpart.
+
+        `img_size` and `num_classes` are not among them; `global_pool` is, wherever the configuration says it.
+        """
         told = {}
         for name, value in arguments.items():
             if value is None:
                 continue
-            if name in self.same:
+            if name in self.same or name == "global_pool":
                 told[name] = tuple(value) if isinstance(value, list) else value
             elif name not in self.at_rest or value not in self.at_rest[name]:
                 raise UserError(
                     f"{where}: the model argument {printable(name)}={printable(repr(value))} has no counterpart here"
                 )
         return told
+
+    def unwritten(self, backbone: Any, head: Any) -> list[str]:
+        """What a bare file can be used with, although `config.json` has no word for it, as refusals of a directory."""
+        return []
+
+    def by_hand(self, backbone: Any, head: Any) -> list[str]:
+        """What whoever builds timm's model for a bare file has to tell it, for the report."""
+        return []
 
     @abstractmethod
     def arguments(self, backbone: Any, head: Any) -> tuple[str, dict[str, Any]]:
@@ -175,6 +228,10 @@ class TransformersLayout(Layout):
     outside: ClassVar[tuple[str, ...]] = ("classifier.",)
     with_head: ClassVar[str]
     bare: ClassVar[str]
+    also: ClassVar[tuple[str, ...]] = ()
+    """Further model classes whose files are of this layout."""
+    headless: ClassVar[tuple[str, ...]] = ()
+    """Those of the classes, besides `bare`, whose output layer is none for classes and is left out."""
 
     defaults: ClassVar[Mapping[str, Any]]
     """What transformers takes where `config.json` is silent; with `ignored`, all the keys that may stand there."""
@@ -182,11 +239,23 @@ class TransformersLayout(Layout):
     ignored: ClassVar[tuple[str, ...]] = ()
     """Keys of `config.json` that change no output, beside those that every model of transformers has."""
 
+    def kind(self, backbone: Any, head: Any) -> str:
+        """The model class that a network becomes."""
+        return self.with_head if head.num_classes else self.bare
+
+    def opened(self, backbone: Any, head: Any) -> dict[str, Any]:
+        """What `from_pretrained` has to be told to build this network."""
+        return {}
+
+    def output(self, answer: Any, backbone: Any, head: Any) -> Tensor:
+        """Of what transformers' model answers, that which our network answers."""
+        return answer.logits if head.num_classes else answer.last_hidden_state[:, 0]
+
     @abstractmethod
     def told(self, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         """The settings that a configuration names; `config` has a value for every key of `defaults`.
 
-        `image_size` is among them. Raises UserError for values without a counterpart.
+        `image_size` is among them, `num_classes` is not. Raises UserError for values without a counterpart.
         """
 
     @abstractmethod

@@ -2,14 +2,16 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sightline.errors import UserError, printable, suggest
 from sightline.registry import find, variant, variants
@@ -35,17 +37,31 @@ class Architecture:
     def __post_init__(self) -> None:
         """Refuses sizes far beyond every published network, before anything of that size is laid out."""
         for part in (self.backbone, self.head):
-            for name, value in vars(part).items():
-                limit = _DEEPEST if name == "depth" else _LARGEST
-                for number in value if isinstance(value, tuple) else (value,):
-                    sane = not isinstance(number, int) or abs(number) <= limit
+            for name, value in _named(part):
+                limit = _DEEPEST if _of_layers(name) else _LARGEST
+                for number in _numbers(value):
+                    sane = abs(number) <= limit
                     require(sane, f"{name} {printable(value, 60)} is larger than any network's (at most {limit})")
-        size, patch = self.backbone.image_size, getattr(self.backbone, "patch_size", (1, 1))
-        tokens = math.prod(-(-pixels // side) for pixels, side in zip(size, patch, strict=True))
+        require(self.layers <= _DEEPEST, f"{self.layers} layers are more than any network's (at most {_DEEPEST})")
+        family, size = find("backbones", "FAMILIES", self.family, "family"), self.backbone.image_size
+        with torch.device("meta"), _NothingToFill():
+            tokens = family.tokens(self.backbone)
         require(
             tokens <= _MOST_TOKENS,
             f"an image of {size[0]}×{size[1]} pixels makes too many patches: {tokens}, and {_MOST_TOKENS} are possible",
         )
+
+    @property
+    def layers(self) -> int:
+        """How many layers the settings speak of, whatever they call them: those of each stage together."""
+        return sum(max(n, 0) for name, value in _named(self.backbone) if _of_layers(name) for n in _numbers(value))
+
+    @property
+    def computed(self) -> int:
+        """How many numbers the network holds that follow from its settings, so that no checkpoint has them."""
+        family = find("backbones", "FAMILIES", self.family, "family")
+        with torch.device("meta"), _NothingToFill():
+            return family.computed(self.backbone)
 
     def build(self) -> "Network":
         """The network with random weights. Raises UserError where they would not fit into this machine's memory."""
@@ -55,9 +71,17 @@ class Architecture:
         return Network(self)
 
     def lay_out(self) -> "Network":
-        """The network without memory for its weights, to be counted or given weights; what is not learned is real."""
-        with torch.device("meta"), _NothingToFill():
-            return Network(self)
+        """The network without memory for its weights, to be counted or given weights; what is not learned is real.
+
+        Raises UserError for sizes that no number of bytes could hold.
+        """
+        try:
+            with torch.device("meta"), _NothingToFill():
+                return Network(self)
+        except RuntimeError as fault:
+            raise UserError(
+                f"the settings of {printable(self.name)} make tensors that are too large: {fault}"
+            ) from fault
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every tensor of a checkpoint, by name."""
@@ -83,6 +107,21 @@ class Architecture:
             data["task"],
             from_json(head.Config, data["head"], f"{where}: head"),
         )
+
+
+def _named(part: Any) -> Iterator[tuple[str, Any]]:
+    """The settings of a backbone or head, and those of its parts among them."""
+    for name, value in vars(part).items():
+        yield from value.items() if isinstance(value, Mapping) else ((name, value),)
+
+
+def _of_layers(name: str) -> bool:
+    """Whether a setting counts layers, of the network or of each of its stages."""
+    return name.startswith("depth") or name == "layers"
+
+
+def _numbers(value: Any) -> list[int]:
+    return [number for number in (value if isinstance(value, tuple | list) else (value,)) if isinstance(number, int)]
 
 
 class _NothingToFill(TorchFunctionMode):
@@ -173,6 +212,53 @@ def count_macs(architecture: Architecture) -> int:
     network = architecture.lay_out().to("meta").eval()
     height, width = architecture.backbone.image_size
     pixels = torch.empty(1, architecture.backbone.in_chans, height, width, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(pixels)
+    with _Remembering(), FlopCounterMode(display=False) as counter, _Remembering(counter.flop_registry):
+        with torch.no_grad():
+            network(pixels)
     return counter.get_total_flops() // 2
+
+
+class _Remembering(TorchDispatchMode):
+    """Asks the framework only once what comes of an operation on tensors of certain shapes, which takes it a while.
+
+    It acts where all tensors are without memory: what it gives again is nothing but a shape.
+    Operations that `counted` has are passed on to whoever counts them.
+    """
+
+    known: ClassVar[dict[Hashable, Any]] = {}
+
+    def __init__(self, counted: Container[Any] = ()):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in self.counted or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        try:
+            call = func, _shape(args), _shape(tuple(kwargs.items()))
+        except _Valued:
+            return func(*args, **kwargs)
+        if (known := self.known.get(call)) is not None:
+            # Another handle of the same nothing each time, because the framework marks which tensor is a view of which.
+            with no_dispatch():
+                return tuple(one.data for one in known) if isinstance(known, tuple) else known.data
+        made = func(*args, **kwargs)
+        if all(isinstance(one, Tensor) and one.is_meta for one in (made if isinstance(made, tuple) else (made,))):
+            self.known[call] = made
+        return made
+
+
+class _Valued(Exception):
+    """The values of a tensor count, not its shape alone."""
+
+
+def _shape(value: Any) -> Hashable:
+    """What the shapes that an operation leads to depend on, of one of its arguments."""
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise _Valued
+        return Tensor, value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple, *map(_shape, value)
+    return type(value), value

@@ -60,6 +60,13 @@ def find(room: str, name: str, key: str, what: str) -> Any:
     return entries[key]
 
 
+def layouts(library: str) -> dict[str, Any]:
+    """The entries of every `LAYOUTS` table that a library's files are read and written with."""
+    tables = [table(room, "LAYOUTS") for room in ("backbones", "tokenizers", "checkpoints")]
+    rows = {key: row for entries in tables for key, row in entries.items()}
+    return {key: rows[key] for key in sorted(rows) if library in rows[key].libraries}
+
+
 def variants(pattern: str = "*") -> dict[str, Variant]:
     """The rows of every `VARIANTS` table whose name matches a shell pattern, in order of names."""
     rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS")}

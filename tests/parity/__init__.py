@@ -51,7 +51,7 @@ def spread(network: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()]):
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or name.endswith("attn_mask"):
                 continue
             if name.endswith("running_var"):
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))

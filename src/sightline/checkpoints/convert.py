@@ -66,15 +66,13 @@ def convert(source: Bundle | str | Path, to: str, out: str | Path, **options: An
     scheme, out = find("checkpoints", "SCHEMES", to, "layout"), Path(out)
     bundle = source if isinstance(source, Bundle) else load_bundle(source, **options)
     architecture = bundle.architecture
-    if scheme.families is not None and architecture.family not in scheme.families:
-        raise UserError(f"{to} has no names for the weights of the {architecture.family} family")
     refusals = scheme.refusals(architecture, out)
     if refusals:
         stem = any("tokenizer" in refusal for refusal in refusals)
         remedy = "; a network trained with --tokenizer patch can be converted" if stem else ""
         raise UserError(f"{to} cannot express this network: {'; '.join(refusals)}{remedy}")
     rules = scheme.rules(architecture)
-    tensors = save(rules, bundle.network.state_dict())
+    tensors = {**save(rules, bundle.network.state_dict()), **scheme.extras(architecture)}
     files = scheme.files(bundle, tensors, out)
     for path, content in files.items():
         write_atomic(path, content)

@@ -28,19 +28,18 @@ _VERSION = 2
 _KEYS = {"format", "version", "task", "architecture", "labels", "preprocess", "versions"}
 _UNSEALED = 1
 """The version before seals and hashes; read as it is, and said."""
-_MOST_CELLS = 2**24
-"""Limit on what is computed from a configuration instead of stored: cells of fixed and relative position tables."""
+_MOST_CELLS, _FOR_EACH = 2**24, 4
+"""Limit on what is computed from a configuration instead of stored: so many numbers, and so many for each stored."""
 
 
 class Sightline(Scheme):
     """The names of the parameters themselves."""
 
-    families = None
-
     def recognises(self, stored: Stored) -> bool:
         if stored.config is not None:
             return stored.config.get("format") == "sightline"
-        return any(name.startswith("backbone.encoder.blocks.") for name in stored.contents.tensors)
+        names = stored.contents.tensors
+        return "head.classifier.weight" in names or any(name.startswith("backbone.encoder.blocks.") for name in names)
 
     def read(self, stored: Stored, request: Request) -> Reading:
         where, config = stored.where, stored.config
@@ -58,7 +57,7 @@ class Sightline(Scheme):
         architecture = Architecture.from_json(config["architecture"], f"{where}: architecture")
         refuse_other(architecture, request, where)
         require(config["task"] == architecture.task, f"{where}: 'task' is not that of the architecture")
-        _refuse_excess(architecture, len(stored.contents.tensors), where)
+        _refuse_excess(architecture, stored.contents.tensors, where)
         labels = _labels(config["labels"], architecture, where)
         preprocess = _preprocess(config["preprocess"], where)
         found = Found(where, stored.contents.tensors)
@@ -142,17 +141,13 @@ def _labels(data: Any, architecture: Architecture, where: str) -> tuple[str, ...
     return tuple(data)
 
 
-def _refuse_excess(architecture: Architecture, tensors: int, where: str) -> None:
+def _refuse_excess(architecture: Architecture, tensors: Mapping[str, Tensor], where: str) -> None:
     """A configuration cannot make the reader work or allocate more than its weights account for."""
-    config = architecture.backbone
-    depth = getattr(config, "depth", 1)
-    require(depth <= max(tensors, 1), f"{where}: {tensors} tensors are too few for {depth} layers")
-    if hasattr(config, "positions"):
-        patches = (config.image_size[0] // config.patch_size[0] + 1) * (
-            config.image_size[1] // config.patch_size[1] + 1
-        )
-        cells = {"learned": 0, "none": 0, "relative": patches**2}.get(config.positions, patches * config.embed_dim)
-        require(cells <= _MOST_CELLS, f"{where}: an image of {config.image_size} pixels makes too many patches")
+    count, depth = len(tensors), architecture.layers
+    require(depth <= max(count, 1), f"{where}: {count} tensors are too few for {depth} layers")
+    cells, most = architecture.computed, _MOST_CELLS + _FOR_EACH * sum(tensor.numel() for tensor in tensors.values())
+    size = architecture.backbone.image_size
+    require(cells <= most, f"{where}: an image of {size} pixels makes too many patches")
 
 
 SCHEMES: Mapping[str, Scheme] = {"sightline": Sightline()}

@@ -27,8 +27,13 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
     "model.pth",
 )
+_FIRST = ("sightline", "timm")  # where names are of several layouts: theirs are the ones that others took over
 _HALF = (0.5, 0.5, 0.5)
-_BACKBONE, _CLASSIFIER, _PRE_LOGITS = "backbone.", "head.classifier.", "head.pre_logits."
+_BACKBONE, _CLASSIFIERS, _PRE_LOGITS = (
+    "backbone.",
+    ("head.classifier.", "head.distillation_classifier."),
+    "head.pre_logits.",
+)
 
 
 def load_bundle(
@@ -116,8 +121,8 @@ def _read(scheme: Scheme, stored: Stored, request: Request) -> Reading:
 
 def _scheme_of(stored: Stored) -> tuple[str, Scheme]:
     schemes: Mapping[str, Scheme] = table("checkpoints", "SCHEMES")
-    matches = [(name, scheme) for name, scheme in schemes.items() if scheme.recognises(stored)]
-    if len(matches) == 1:
+    matches = [(name, schemes[name]) for name in (*_FIRST, *schemes) if schemes[name].recognises(stored)]
+    if matches:
         return matches[0]
     shown = ", ".join(f"'{printable(name)}'" for name in list(stored.contents.tensors)[:5])
     raise UserError(f"{stored.where} is of no known layout ({', '.join(schemes)}); it holds tensors such as {shown}")
@@ -152,7 +157,7 @@ def _with_classes(
     target: Architecture, count: int, reading: Reading, state: dict[str, Tensor], notes: list[str]
 ) -> Architecture:
     """Another number of classes: the classifier, and what was trained for it alone, gives way to zeros."""
-    gone = [name for name in state if name.startswith((_CLASSIFIER, _PRE_LOGITS) if count else _CLASSIFIER)]
+    gone = [name for name in state if name.startswith((*_CLASSIFIERS, _PRE_LOGITS) if count else _CLASSIFIERS)]
     disk = [
         reading.found.named(theirs) for rule in reading.rules for theirs in rule.theirs if set(rule.ours) & set(gone)
     ]
@@ -163,7 +168,7 @@ def _with_classes(
         notes.append(f"dropped for {count} classes: {', '.join(disk)}")
     if count:
         for name, shape in target.shapes().items():
-            if name.startswith(_CLASSIFIER):
+            if name.startswith(_CLASSIFIERS):
                 state[name] = torch.zeros(shape)
         notes.append(f"the classifier of {count} classes starts at zero")
     return target

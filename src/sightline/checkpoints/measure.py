@@ -1,18 +1,15 @@
-"""What the shapes of a Vision Transformer's tensors tell of it, and what has to be asked."""
+"""What the shapes of a file's tensors tell of the network in it, and what has to be asked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sightline.backbones.vit import ViTConfig
 from sightline.checkpoints.scheme import Request, adjusted
 from sightline.errors import UserError
-from sightline.heads.classify import ClassifyConfig
-from sightline.network import Architecture
-from sightline.registry import variant, variants
-
-_STRUCTURE = ("embed_dim", "depth", "num_heads", "patch_size")
+from sightline.layout import Layout
+from sightline.network import Architecture, describe
+from sightline.registry import find, variant, variants
 
 
 @dataclass(frozen=True)
@@ -25,108 +22,152 @@ class Facts:
 
     where: str
     tensors: int
+    layout: Layout
     settings: Mapping[str, Any]
-    patches: int | None
+    patches: int | None = None
     image_size: tuple[int, int] | None = None
     architecture: str | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def structure(self) -> tuple[str, ...]:
+        """The settings by which a network is known: those that its shapes tell, and those that they do not."""
+        return (*self.layout.identity, *self.layout.untold)
 
 
 def stored_architecture(facts: Facts, request: Request) -> Architecture:
     """The network as it lies in the file.
 
     A named architecture says how wide and deep it is (a file that differs is then refused, tensor by tensor);
-    without a name the shapes say it, and the number of heads, which no shape tells, is that of the registered models
+    without a name the shapes say it, and what no shape tells, as the number of heads, is that of the registered models
     of equal width and depth. Raises UserError where that is not one number, or where the grid of positions is open.
     """
     name = request.architecture or facts.architecture
-    settings = dict(facts.settings)
-    usual = None
+    settings, usual = dict(facts.settings), None
     if name is not None:
         row = variant(name)
-        if row.family != "vit":
-            raise UserError(f"{facts.where} holds a Vision Transformer, and '{name}' is a {row.family}")
+        if row.family != facts.layout.family:
+            raise UserError(f"{facts.where} does not hold a {name}: its tensors are those of another kind of network")
         given = {**row.settings, **row.head}
         usual = given.pop("image_size", None)
         usual = (usual, usual) if isinstance(usual, int) else usual
-        settings = {**settings, "mlp_dim": None, **given}
-    settings |= facts.told
-    settings |= {key: value for key, value in request.overrides.items() if key in _STRUCTURE or key.startswith("mlp_")}
-    if "num_heads" not in settings:
-        settings["num_heads"] = _heads(settings, facts.where)
-    base = Architecture(name or _known_as(settings), "vit", ViTConfig(), "classify", ClassifyConfig())
+        own = {key: settings[key] for key in facts.layout.habits if key in settings}
+        own |= {key: {**settings.get(key, {}), **value} for key, value in given.items() if isinstance(value, Mapping)}
+        settings = {key: value for key, value in settings.items() if not key.startswith("mlp_")} | given | own
+    settings |= {**facts.told, **request.overrides}
+    for key in facts.layout.untold:
+        if key not in settings:
+            settings[key] = _usual(key, settings, facts)
+    backbone = find("backbones", "FAMILIES", facts.layout.family, "family")
+    head = find("heads", "HEADS", "classify", "task")
+    base = Architecture(
+        name or _known_as(settings, facts), facts.layout.family, backbone.Config(), "classify", head.Config()
+    )
     try:
         architecture = adjusted(base, **settings)
     except UserError as fault:
         raise UserError(f"{facts.where}: {fault}") from fault
-    depth = architecture.backbone.depth
-    if depth > facts.tensors:
-        raise UserError(
-            f"{facts.where} holds {facts.tensors} tensors, too few for the {depth} layers it is said to have"
-        )
-    refuse_other(architecture, request, facts.where)
-    size = _stored_size(facts, request, usual, architecture.backbone)
+    _require_tensors(architecture.backbone, facts)
+    refuse_other(architecture, request, facts.where, facts.structure)
+    size = _stored_size(facts, request, usual, architecture)
     return adjusted(architecture, image_size=size)
 
 
-def divides(config: ViTConfig) -> bool:
+def divides(config: Any) -> bool:
     """Whether whole patches fill the image, so that nothing has to be padded or dropped."""
     return all(side % patch == 0 for side, patch in zip(config.image_size, config.patch_size, strict=True))
 
 
-def refuse_other(architecture: Architecture, request: Request, where: str) -> None:
+def refuse_other(
+    architecture: Architecture,
+    request: Request,
+    where: str,
+    structure: tuple[str, ...] = ("embed_dim", "depth", "num_heads"),
+) -> None:
     """Refuses a checkpoint that tells itself what it is, and is not what the user calls it."""
     if request.architecture is None:
         return
-    row = variant(request.architecture).settings
-    for key in set(_STRUCTURE) & row.keys() - request.overrides.keys():
-        expected = (row[key],) * 2 if key == "patch_size" and isinstance(row[key], int) else row[key]
-        found = getattr(architecture.backbone, key, None)
+    row = variant(request.architecture)
+    if row.family != architecture.family:
+        raise UserError(f"{where} is not a {request.architecture}: it is a {architecture.name}")
+    named = describe(request.architecture).backbone
+    for key in {*structure, "patch_size"} & row.settings.keys() - request.overrides.keys():
+        expected, found = getattr(named, key, None), getattr(architecture.backbone, key, None)
         if found != expected:
             raise UserError(f"{where} is not a {request.architecture}: its {key} is {found}, not {expected}")
 
 
-def _heads(settings: Mapping[str, Any], where: str) -> int:
-    width, depth = settings["embed_dim"], settings["depth"]
-    rows = [row.settings for row in variants().values() if row.family == "vit"]
-    heads = {row["num_heads"] for row in rows if (row["embed_dim"], row["depth"]) == (width, depth)}
-    if len(heads) != 1:
-        raise UserError(
-            f"{where} does not tell its number of attention heads, and no known model is {width} wide and "
-            f"{depth} deep; give architecture=NAME or num_heads=N"
-        )
-    return heads.pop()
+def _require_tensors(config: Any, facts: Facts) -> None:
+    """Layers without tensors are refused before they are laid out."""
+    for key in ("depth", "depths", "layers"):
+        value = getattr(config, key, 0)
+        count = sum(value) if isinstance(value, tuple) else value
+        if count > facts.tensors:
+            raise UserError(
+                f"{facts.where} holds {facts.tensors} tensors, too few for the {count} layers it is said to have"
+            )
 
 
-def _known_as(settings: Mapping[str, Any]) -> str:
-    """The first registered name of equal width, depth, heads and patches, for people."""
+def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
+    """The registered networks of a family by name, with the settings of their backbones."""
     for name, row in variants().items():
-        patch = (row.settings.get("patch_size"),) * 2
-        same = all(row.settings.get(key) == settings.get(key) for key in ("embed_dim", "depth", "num_heads"))
-        if row.family == "vit" and same and patch == settings.get("patch_size"):
-            return name
-    return "vit"
+        if row.family == facts.layout.family:
+            yield name, describe(name).backbone
 
 
-def _stored_size(facts: Facts, request: Request, usual: tuple[int, int] | None, config: ViTConfig) -> tuple[int, int]:
+def _alike(config: Any, settings: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
+    return all(getattr(config, key) == _plain(settings.get(key, getattr(config, key))) for key in keys)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _usual(key: str, settings: Mapping[str, Any], facts: Facts) -> Any:
+    """What a setting is in the registered networks of equal shapes."""
+    found = {getattr(config, key) for _, config in _rows(facts) if _alike(config, settings, facts.layout.identity)}
+    if len(found) != 1:
+        shape = ", ".join(f"{name}={settings.get(name)}" for name in facts.layout.identity)
+        raise UserError(
+            f"{facts.where} does not tell its {key}, and no known model, or more than one, has {shape}; "
+            f"give architecture=NAME or {key}=…"
+        )
+    return found.pop()
+
+
+def _known_as(settings: Mapping[str, Any], facts: Facts) -> str:
+    """The first registered name of equal structure: of those that the library knows, with most settings alike."""
+    keys = tuple(facts.structure)
+    alike = [(name, config) for name, config in _rows(facts) if _alike(config, settings, keys)]
+
+    def score(pair: tuple[str, Any]) -> tuple[bool, int, bool]:
+        name, config = pair
+        theirs = bool(set(variant(name).sources) & set(facts.layout.libraries))
+        same = sum(getattr(config, key, None) == _plain(value) for key, value in settings.items())
+        return theirs, same, name.startswith(facts.layout.family)
+
+    return max(alike, key=score)[0] if alike else facts.layout.family
+
+
+def _stored_size(
+    facts: Facts, request: Request, usual: tuple[int, int] | None, architecture: Architecture
+) -> tuple[int, int]:
     """The image size that the table of positions in the file was made for."""
     told = request.source_size or facts.image_size
     if told is not None:
         return told
-    patch = config.patch_size
-    other = any(
-        facts.settings.get(key) not in (None, getattr(config, key)) for key in ("embed_dim", "depth", "patch_size")
-    )
+    config = architecture.backbone
+    keys = (*facts.layout.identity, "patch_size")
+    other = any(facts.settings.get(key) not in (None, getattr(config, key)) for key in keys)
     if facts.patches is None or other:
-        return request.image_size or usual or (224, 224)  # a file of another kind is refused by the rules, in detail
+        return request.image_size or usual or config.image_size  # a file of another kind is refused by the rules
+    stride = _stride(architecture)
     side = math.isqrt(facts.patches)
-    square = (side * patch[0], side * patch[1])
-    options = {}
+    square = (side * stride[0], side * stride[1])
+    options: dict[tuple[int, int], tuple[int, int]] = {}
     for size in (request.image_size, usual, square):
-        if size is not None:
-            grid = (size[0] // patch[0], size[1] // patch[1])
-            if math.prod(grid) == facts.patches:
-                options.setdefault(grid, size)
+        if size is not None and math.prod(grid := _grid(architecture, size)) == facts.patches:
+            options.setdefault(grid, size)
     if len(options) == 1:
         return next(iter(options.values()))
     grids = " or ".join(f"{rows}×{columns}" for rows, columns in options)
@@ -135,3 +176,13 @@ def _stored_size(facts: Facts, request: Request, usual: tuple[int, int] | None, 
         + (f", a grid of {grids}" if options else ", which is no square grid")
         + "; say with source_size=(height, width) which image size it was made for"
     )
+
+
+def _grid(architecture: Architecture, size: tuple[int, int]) -> tuple[int, int]:
+    return architecture.lay_out().backbone.tokenizer.grid(size)
+
+
+def _stride(architecture: Architecture) -> tuple[int, int]:
+    """Pixels from one patch to the next, (down, right): what is left of a long image for each."""
+    rows, columns = _grid(architecture, (2**20, 2**20))
+    return round(2**20 / rows), round(2**20 / columns)

@@ -16,8 +16,8 @@ from sightline.layout import Rule
 class Found:
     """The tensors of a checkpoint under the names that a scheme's rules use.
 
-    `where` is the file in messages. On disk each name has `prefix` before it, and those in `disk` are called yet
-    otherwise. `dropped` names, as on disk, what was left out knowingly.
+    `where` is the file in messages. On disk each name has `prefix` before it, unless it begins with one of `outside`,
+    and those in `disk` are called yet otherwise. `dropped` names, as on disk, what was left out knowingly.
     """
 
     where: str
@@ -25,10 +25,15 @@ class Found:
     prefix: str = ""
     disk: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+
+    def on_disk(self, name: str) -> str:
+        """A tensor as it is called on disk."""
+        return self.disk.get(name, name if name.startswith(self.outside) else self.prefix + name)
 
     def named(self, name: str) -> str:
-        """A tensor as it is called on disk, in quotes."""
-        return f"'{printable(self.disk.get(name, self.prefix + name))}'"
+        """The same in quotes, for messages."""
+        return f"'{printable(self.on_disk(name))}'"
 
 
 def load(rules: Sequence[Rule], found: Found, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -77,7 +82,9 @@ def as_float(tensor: Tensor, named: str, where: str, may_be_zero: bool = True) -
     return tensor
 
 
-_AT_ZERO = re.compile(r"^head\.classifier\.|\.(attention\.out|mlp\.fc2)\.weight$|(?<!\.weight)$")
+_AT_ZERO = re.compile(
+    r"^head\.(distillation_)?classifier\.|\.(attention\.out|mlp\.fc2|last_norm)\.weight$|(?<!\.weight)$"
+)
 """What is rightly zero: new classifiers, residual branches that start closed, and whatever is no weight (biases …)."""
 
 

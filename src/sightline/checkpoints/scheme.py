@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sightline.backbones.backbone import settled
 from sightline.checkpoints.files import Contents
 from sightline.checkpoints.rules import Found
 from sightline.errors import UserError, printable, suggest
 from sightline.images.preprocess import Preprocess
 from sightline.layout import Rule
 from sightline.network import Architecture, Network
+from sightline.registry import find
 from sightline.schema import from_json
 
 Grid = tuple[int, int]
@@ -54,12 +54,7 @@ class Reading:
 
 
 class Scheme(ABC):
-    """A naming scheme: how to know it, to read it and to write it.
-
-    `families` are those whose weights it has names for; None for all.
-    """
-
-    families: tuple[str, ...] | None = ("vit",)
+    """A naming scheme: how to know it, to read it and to write it."""
 
     @abstractmethod
     def recognises(self, stored: Stored) -> bool:
@@ -76,6 +71,10 @@ class Scheme(ABC):
     @abstractmethod
     def refusals(self, architecture: Architecture, out: Path) -> list[str]:
         """Settings that the target cannot express, each as a phrase; empty where it can."""
+
+    def extras(self, architecture: Architecture) -> dict[str, Tensor]:
+        """Tensors that the target wants to find beside those of the rules."""
+        return {}
 
     @abstractmethod
     def files(self, bundle: "Bundle", tensors: Mapping[str, Tensor], out: Path) -> "dict[Path, Content]":
@@ -160,7 +159,7 @@ def numbered(count: int) -> tuple[str, ...]:
 
 def adjusted(architecture: Architecture, **settings: Any) -> Architecture:
     """The architecture with settings of its backbone or head replaced. Raises UserError for names that neither has."""
-    settings = settled(settings)
+    settings = find("backbones", "FAMILIES", architecture.family, "family").settle(settings)
     parts = {"backbone": architecture.backbone, "head": architecture.head}
     known = [name for part in parts.values() for name in part.__dataclass_fields__]
     for name in settings:

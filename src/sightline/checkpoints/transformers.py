@@ -1,108 +1,80 @@
-"""transformers' `ViTModel` and `ViTForImageClassification`, under the names that files on the hub have.
+"""transformers: directories with `config.json`, and bare files, under the names that files on the hub have.
 
 Releases 5 and newer call their parameters otherwise in memory, and translate when they read and write.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sightline.checkpoints.files import bare_file, safetensors_of
-from sightline.checkpoints.measure import Facts, divides, stored_architecture
+from sightline.checkpoints.library import Library, shapes_of
 from sightline.checkpoints.rules import Found
 from sightline.checkpoints.scheme import Bundle, Content, Reading, Request, Scheme, Stored
 from sightline.errors import UserError, printable, suggest
 from sightline.images.interchange import from_transformers, to_transformers
 from sightline.images.preprocess import Preprocess
-from sightline.layout import Rule, same
+from sightline.layout import Layout, Rule, TransformersLayout
 from sightline.network import Architecture
 from sightline.schema import require
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-_WRITTEN = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
-_PATCHES = "embeddings.patch_embeddings.projection.weight"
-_UNUSED = ("embeddings.mask_token", "embeddings.position_ids")
 
+class Transformers(Library):
+    """Query, key and value apart, names in full, and before them that of the base model where there is a head."""
 
-class Transformers(Scheme):
-    """Query, key and value apart, and every name in full."""
+    name = "transformers"
 
     def recognises(self, stored: Stored) -> bool:
         if stored.config is not None:
             return "model_type" in stored.config
-        return any(name.endswith(_PATCHES) for name in stored.contents.tensors)
+        return self._bare(stored) is not None
 
     def read(self, stored: Stored, request: Request) -> Reading:
-        prefix = "vit." if f"vit.{_PATCHES}" in stored.contents.tensors else ""
-        kind = _kind(stored)
-        facts, bare = _facts(stored, prefix, kind)
-        notes = ("no config.json: a norm epsilon of 1e-12 and exact GELU are taken, as transformers does",) * bare
-        architecture = stored_architecture(facts, request)
-        found = _used(stored, prefix, kind)
-        size = architecture.backbone.image_size
-        processor = {"size": {"height": size[0], "width": size[1]}} if stored.processor is None else stored.processor
-        preprocess = from_transformers(processor).at(size)
-        labels = _labels(stored.config or {}, architecture.head.num_classes, stored.where)
-        return Reading(architecture, self._rules(architecture, prefix), found, preprocess, labels, notes)
+        where = stored.where
+        if stored.config is None:
+            layout = self._bare(stored)
+            assert layout is not None, "what nobody recognises comes to no scheme"
+            found, told, size, config = _based(stored, layout), {}, None, {}
+            notes = ("no config.json: what transformers takes without one is taken, such as its norm epsilon",)
+        else:
+            layout, config, notes = self._named(stored), stored.config, ()
+            found = _based(stored, layout)
+            _refuse_unknown(config, layout, where)
+            told = layout.told({**layout.defaults, **config}, shapes_of(found))
+            size = told.pop("image_size", None)
+            headless = _kind(config, layout, where) in (layout.bare, *layout.headless)
+            told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout))
+
+        def tell(architecture: Architecture) -> tuple[Preprocess, tuple[str, ...] | None]:
+            side = architecture.backbone.image_size
+            processor = stored.processor or {"size": {"height": side[0], "width": side[1]}}
+            return from_transformers(processor).at(side), _labels(config, architecture.head.num_classes, where)
+
+        return self.reading(found, layout, request, image_size=size, told=told, tell=tell, notes=notes)
 
     def rules(self, architecture: Architecture) -> list[Rule]:
-        return self._rules(architecture, "vit." if architecture.head.num_classes else "")
-
-    def _rules(self, architecture: Architecture, prefix: str) -> list[Rule]:
-        config, head = architecture.backbone, architecture.head
-        rules = [
-            *same("backbone.tokenizer.projection", f"{prefix}embeddings.patch_embeddings.projection"),
-            Rule(("backbone.place.class_token",), (f"{prefix}embeddings.cls_token",)),
-            Rule(("backbone.place.positions.table",), (f"{prefix}embeddings.position_embeddings",)),
+        layout = self.layout(architecture)
+        assert isinstance(layout, TransformersLayout)
+        before = f"{layout.base}." if layout.kind(architecture.backbone, architecture.head) != layout.bare else ""
+        return [
+            Rule(
+                rule.ours,
+                tuple(name if name.startswith(layout.outside) else before + name for name in rule.theirs),
+                rule.load,
+                rule.save,
+            )
+            for rule in super().rules(architecture)
         ]
-        for i in range(config.depth):
-            rules += _block(f"backbone.encoder.blocks.{i}", f"{prefix}encoder.layer.{i}", config.qkv_bias)
-        rules += same("backbone.norm", f"{prefix}layernorm")
-        if head.pre_logits is not None:
-            rules += same("head.pre_logits", f"{prefix}pooler.dense")
-        if head.num_classes:
-            rules += same("head.classifier", "classifier")
-        return rules
 
-    def refusals(self, architecture: Architecture, out: Path) -> list[str]:
-        config, head = architecture.backbone, architecture.head
-        wanted: dict[str, tuple[Any, Any]] = {
-            "tokenizer": (config.tokenizer, "patch"),
-            "norm": (config.norm, "pre"),
-            "init_values": (config.init_values, None),
-            "positions": (config.positions, "learned"),
-            "class_token": (config.class_token, True),
-            "final_norm": (config.final_norm, True),
-            "fc_norm": (head.fc_norm, False),
-            "global_pool": (head.global_pool, "token"),
-        }
-        refused = [f"{name}={value!r} (only {only!r})" for name, (value, only) in wanted.items() if value != only]
-        if head.pre_logits is not None and head.num_classes:
-            refused.append("pre_logits before a classifier (num_classes=0 or another number of classes leaves it out)")
-        if config.partial_patches == "pad" and not divides(config):
-            refused.append("partial_patches='pad' at an image size that patches do not divide (only 'drop')")
-        return refused
+    def extras(self, architecture: Architecture) -> dict[str, Tensor]:
+        layout = self.layout(architecture)
+        assert isinstance(layout, TransformersLayout)
+        before = f"{layout.base}." if layout.kind(architecture.backbone, architecture.head) != layout.bare else ""
+        return {before + name: tensor for name, tensor in super().extras(architecture).items()}
 
     def files(self, bundle: Bundle, tensors: Mapping[str, Tensor], out: Path) -> dict[Path, Content]:
         if bare := bare_file(tensors, out):
@@ -111,18 +83,13 @@ class Transformers(Scheme):
         processor, _ = _processor(bundle.preprocess)
         if processor is not None:
             files[out / "preprocessor_config.json"] = json.dumps(processor, indent=2).encode()
-        return {**files, out / "config.json": json.dumps(_config(bundle), indent=2).encode()}
+        return {**files, out / "config.json": json.dumps(self._config(bundle), indent=2).encode()}
 
     def remarks(self, bundle: Bundle, out: Path) -> list[str]:
-        config, head = bundle.architecture.backbone, bundle.architecture.head
         _, refusal = _processor(bundle.preprocess)
         remarks = super().remarks(bundle, out)
         if refusal is not None:
             remarks.append(f"preprocessor_config.json left out: {refusal}")
-        if config.drop_path_rate:
-            remarks.append(f"drop_path_rate={config.drop_path_rate:g}, which acts in training only, has no counterpart")
-        if not head.num_classes and head.pre_logits is None:
-            remarks.append("open it with ViTModel.from_pretrained(…, add_pooling_layer=False)")
         return remarks
 
     def reference(self, bundle: Bundle, out: Path) -> Callable[[Tensor], Tensor] | None:
@@ -130,121 +97,79 @@ class Transformers(Scheme):
             return None
         import transformers
 
-        head = bundle.architecture.head
-        if head.num_classes:
-            model = transformers.ViTForImageClassification.from_pretrained(out).eval()
-            return lambda pixels: model(pixels).logits
-        model = transformers.ViTModel.from_pretrained(out, add_pooling_layer=head.pre_logits is not None).eval()
-        if head.pre_logits is not None:
-            return lambda pixels: model(pixels).pooler_output
-        return lambda pixels: model(pixels).last_hidden_state[:, 0]
+        architecture = bundle.architecture
+        layout = self.layout(architecture)
+        assert isinstance(layout, TransformersLayout)
+        options = layout.opened(architecture.backbone, architecture.head)
+        kind = getattr(transformers, layout.kind(architecture.backbone, architecture.head))
+        model = kind.from_pretrained(out, **options).eval()
+        return lambda pixels: layout.output(model(pixels), architecture.backbone, architecture.head)
+
+    def _bare(self, stored: Stored) -> TransformersLayout | None:
+        """The layout of a file without `config.json`, by the names in it."""
+        for layout in self.layouts():
+            assert isinstance(layout, TransformersLayout)
+            if layout.recognises(shapes_of(_based(stored, layout))):
+                return layout
+        return None
+
+    def _named(self, stored: Stored) -> TransformersLayout:
+        """The layout that `model_type` names."""
+        config, where = stored.config or {}, stored.where
+        require("auto_map" not in config, f"{where}: 'auto_map' asks for code from the folder, and none is ever run")
+        found = {layout.model_type: layout for layout in self.layouts() if isinstance(layout, TransformersLayout)}
+        model_type = config["model_type"]
+        known = isinstance(model_type, str) and model_type in found
+        require(
+            known, f"{where}: model_type '{printable(model_type)}' is not one that is read ({', '.join(sorted(found))})"
+        )
+        return found[model_type]
+
+    def _config(self, bundle: Bundle) -> dict[str, Any]:
+        backbone, head = bundle.architecture.backbone, bundle.architecture.head
+        layout = self.layout(bundle.architecture)
+        assert isinstance(layout, TransformersLayout)
+        labels = bundle.labels if bundle.named else [f"LABEL_{i}" for i in range(head.num_classes)]
+        named = {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+        return {
+            "architectures": [layout.kind(backbone, head)],
+            "model_type": layout.model_type,
+            **layout.config(backbone, head),
+            **(named if head.num_classes else {}),
+            "dtype": "float32",
+        }
 
 
-def _fuse(*parts: Tensor) -> tuple[Tensor]:
-    return (torch.cat(parts),)
+def _based(stored: Stored, layout: Layout) -> Found:
+    """The names without that of the base model, where any has it; what lacks it then belongs to nothing."""
+    assert isinstance(layout, TransformersLayout)
+    tensors, base = stored.contents.tensors, f"{layout.base}."
+    if not any(name.startswith(base) for name in tensors):
+        return Found(stored.where, tensors)
+    inside = {name: name.removeprefix(base) for name in tensors if name.startswith(base)}
+    # A stranger gets a name that no rule has, so that it is refused instead of taken for the tensor it is named after.
+    names = {name: inside.get(name, name if name.startswith(layout.outside) else f"?{name}") for name in tensors}
+    disk = {short: name for name, short in names.items() if short.startswith("?")}
+    renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    return Found(stored.where, renamed, base, disk, outside=layout.outside)
 
 
-def _split(fused: Tensor) -> tuple[Tensor, ...]:
-    return fused.chunk(3)
-
-
-def _block(ours: str, theirs: str, qkv_bias: bool) -> list[Rule]:
-    kinds = ("weight", "bias") if qkv_bias else ("weight",)
-    parts = [f"{theirs}.attention.attention.{part}" for part in ("query", "key", "value")]
-    return [
-        *same(f"{ours}.norm1", f"{theirs}.layernorm_before"),
-        *(Rule((f"{ours}.attention.qkv.{k}",), tuple(f"{p}.{k}" for p in parts), _fuse, _split) for k in kinds),
-        *same(f"{ours}.attention.out", f"{theirs}.attention.output.dense"),
-        *same(f"{ours}.norm2", f"{theirs}.layernorm_after"),
-        *same(f"{ours}.mlp.fc1", f"{theirs}.intermediate.dense"),
-        *same(f"{ours}.mlp.fc2", f"{theirs}.output.dense"),
-    ]
-
-
-def _kind(stored: Stored) -> str:
-    """The class that the weights belong to: it decides whether there is a classifier and whether the pooler counts."""
-    config = stored.config
-    if config is None:
-        return "ViTForImageClassification" if "classifier.weight" in stored.contents.tensors else "ViTModel"
-    require("auto_map" not in config, f"{stored.where}: 'auto_map' asks for code from the folder, and none is ever run")
-    model_type = config["model_type"]
-    require(model_type == "vit", f"{stored.where}: model_type '{printable(model_type)}' is not one that is read (vit)")
+def _kind(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> str:
+    """The class that the weights belong to: it decides whether there is a classifier."""
     kinds = config.get("architectures") or []
-    require(isinstance(kinds, list) and len(kinds) < 2, f"{stored.where}: 'architectures' is not a list of one name")
-    kind = kinds[0] if kinds else "ViTForImageClassification"
-    known = ("ViTForImageClassification", "ViTModel")
-    require(kind in known, f"{stored.where}: architecture '{printable(kind)}' is not one of {', '.join(known)}")
+    require(isinstance(kinds, list) and len(kinds) < 2, f"{where}: 'architectures' is not a list of one name")
+    kind = kinds[0] if kinds else layout.with_head
+    known = (layout.with_head, *layout.also, layout.bare)
+    require(kind in known, f"{where}: architecture '{printable(kind)}' is not one of {', '.join(known)}")
     return kind
 
 
-def _facts(stored: Stored, prefix: str, kind: str) -> tuple[Facts, bool]:
-    """What the configuration says; without one, what the shapes and transformers' defaults say."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.contents.tensors.items()}
-    kernel, table = shapes.get(prefix + _PATCHES, ()), shapes.get(f"{prefix}embeddings.position_embeddings", ())
-    require(len(kernel) == 4, f"{stored.where}: tensor '{prefix}{_PATCHES}' is missing or has not 4 axes")
-    require(len(table) == 3, f"{stored.where}: tensor '{prefix}embeddings.position_embeddings' is missing or misshapen")
-    settings: dict[str, Any] = {"position_resample": "bicubic", "partial_patches": "drop"}
-    pooler = f"{prefix}pooler.dense.weight" in shapes and kind == "ViTModel"
-    classes = shapes.get("classifier.bias", (0,))[0] if kind != "ViTModel" else 0
-    if stored.config is None:
-        layers = {int(m[1]) for name in shapes if (m := re.match(rf"{prefix}encoder\.layer\.(\d{{1,6}})\.", name))}
-        settings |= {
-            "embed_dim": kernel[0],
-            "in_chans": kernel[1],
-            "patch_size": kernel[2:],
-            "depth": len(layers),
-            "mlp_dim": (shapes.get(f"{prefix}encoder.layer.0.intermediate.dense.bias") or (4 * kernel[0],))[0],
-            "qkv_bias": f"{prefix}encoder.layer.0.attention.attention.query.bias" in shapes,
-            "norm_eps": 1e-12,
-            "num_classes": classes,
-            "pre_logits": kernel[0] if pooler else None,
-        }
-        return Facts(stored.where, len(shapes), settings, table[1] - 1), True
-    _refuse_unknown(stored.config, stored.where)
-    config = {**_DEFAULTS, **stored.config}
-    activation = config["hidden_act"]
-    known = isinstance(activation, str) and activation in _ACTIVATIONS
-    require(known, f"{stored.where}: hidden_act '{printable(activation)}' has no counterpart here")
-    require(
-        config["pooler_act"] == "tanh", f"{stored.where}: pooler_act '{printable(config['pooler_act'])}' is not tanh"
-    )
-    size = _pair(config["image_size"], "image_size", stored.where)
-    settings |= {
-        "embed_dim": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "mlp_dim": config["intermediate_size"],
-        "in_chans": config["num_channels"],
-        "patch_size": _pair(config["patch_size"], "patch_size", stored.where),
-        "qkv_bias": config["qkv_bias"],
-        "norm_eps": config["layer_norm_eps"],
-        "activation": _ACTIVATIONS[activation],
-        "attn_drop_rate": config["attention_probs_dropout_prob"],
-        "proj_drop_rate": config["hidden_dropout_prob"],
-        "pos_drop_rate": config["hidden_dropout_prob"],
-        "num_classes": 0 if kind == "ViTModel" else _classes(stored.config, classes),
-        "pre_logits": (config["pooler_output_size"] or config["hidden_size"]) if pooler else None,
-    }
-    return Facts(stored.where, len(shapes), {}, table[1] - 1, size, None, settings), False
-
-
-_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-12,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
-    "qkv_bias": True,
-    "pooler_output_size": None,
-    "pooler_act": "tanh",
-}
-"""What transformers takes where `config.json` is silent."""
+def _outputs(found: Found, layout: TransformersLayout) -> int:
+    shapes = shapes_of(found)
+    return max((shapes.outputs(name) for name in shapes if name.startswith(layout.outside)), default=0)
 
 
 _GENERIC = {  # what every configuration of transformers may carry and what changes no output here
@@ -274,20 +199,13 @@ _TEXTUAL = {  # settings of text generation, which older releases wrote into eve
 _EMPTY = {"pruned_heads": ({}, [], None), "tf_legacy_loss": (False, None)}  # known, and harmless where they say nothing
 
 
-def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> None:
     """Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code."""
     for key, value in config.items():
         if key in _EMPTY:
             require(value in _EMPTY[key], f"{where}: '{key}' in config.json has no counterpart here")
-        elif key not in _DEFAULTS and key not in _GENERIC and key not in _TEXTUAL:
-            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, _DEFAULTS)}")
-
-
-def _pair(value: Any, name: str, where: str) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, list) else (value, value)
-    whole = len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    require(whole, f"{where}: {name} {printable(value)} is not one or two whole numbers")
-    return pair[0], pair[1]
+        elif key not in layout.defaults and key not in layout.ignored and key not in _GENERIC and key not in _TEXTUAL:
+            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, layout.defaults)}")
 
 
 def _classes(config: Mapping[str, Any], stored: int) -> int:
@@ -308,51 +226,12 @@ def _labels(config: Mapping[str, Any], count: int, where: str) -> tuple[str, ...
     return None if names == tuple(f"LABEL_{i}" for i in range(count)) else names
 
 
-def _used(stored: Stored, prefix: str, kind: str) -> Found:
-    """The tensors that the model computes with; a classifier does without the pooler that some files carry along."""
-    unused = {prefix + name for name in _UNUSED}
-    if kind == "ViTForImageClassification":
-        unused |= {f"{prefix}pooler.dense.weight", f"{prefix}pooler.dense.bias"}
-    tensors = stored.contents.tensors
-    dropped = tuple(name for name in tensors if name in unused)
-    return Found(stored.where, {name: t for name, t in tensors.items() if name not in unused}, dropped=dropped)
-
-
 def _processor(preprocess: Preprocess) -> tuple[dict[str, Any] | None, str | None]:
     """The pixel contract as transformers writes it, or why it cannot: other pixels are never written in its place."""
     try:
         return to_transformers(preprocess), None
     except UserError as fault:
         return None, str(fault)
-
-
-def _config(bundle: Bundle) -> dict[str, Any]:
-    config, head = bundle.architecture.backbone, bundle.architecture.head
-    square = len(set(config.image_size)) == 1 and len(set(config.patch_size)) == 1
-    labels = bundle.labels if bundle.named else [f"LABEL_{i}" for i in range(head.num_classes)]
-    named = {
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-    return {
-        "architectures": ["ViTForImageClassification" if head.num_classes else "ViTModel"],
-        "model_type": "vit",
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.hidden,
-        "hidden_act": _WRITTEN[config.activation],
-        "hidden_dropout_prob": config.proj_drop_rate,
-        "attention_probs_dropout_prob": config.attn_drop_rate,
-        "layer_norm_eps": config.norm_eps,
-        "image_size": config.image_size[0] if square else list(config.image_size),
-        "patch_size": config.patch_size[0] if square else list(config.patch_size),
-        "num_channels": config.in_chans,
-        "qkv_bias": config.qkv_bias,
-        **({"pooler_output_size": head.pre_logits, "pooler_act": "tanh"} if head.pre_logits else {}),
-        **(named if head.num_classes else {}),
-        "dtype": "float32",
-    }
 
 
 SCHEMES: Mapping[str, Scheme] = {"transformers": Transformers()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from sightline.cli.options import add_device
 
-SUMMARY = "Show what a model attends to: rollout, heads, distances, positions, filters; pictures, arrays, a page."
+SUMMARY = "Show where a model looks: rollout, heads, distances, class activation, filters; pictures, arrays, a page."
 EXAMPLE = "sightline explain runs/photos cat.jpg --out cat-explained"
 
 
@@ -17,7 +17,9 @@ def arguments(parser: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="model directory, checkpoint, or hf:org/name")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image, folder of images, or glob")
     parser.add_argument("--out", default="explained", metavar="DIR", help="folder to write into")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers whose heads are shown, from 1")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="N", help="attention layers whose heads are shown, from 1"
+    )
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
     add_device(parser)
 
@@ -25,16 +27,18 @@ def arguments(parser: Any) -> None:
 def run(request: argparse.Namespace) -> int:
     """Explains every image; 1 where any could not be read."""
     from sightline.errors import UserError, printable
+    from sightline.explanation.explain import no_layer
     from sightline.explanation.files import explain_image, folder_names
+    from sightline.explanation.maps import attention_layers
     from sightline.inference.files import expand
     from sightline.inference.predictor import Answer
     from sightline.model import load
 
     model = load(request.model, architecture=request.architecture)
-    depth = model.network.backbone.depth
+    depth = attention_layers(model.network.backbone)
     for layer in request.layers or ():
         if not 1 <= layer <= depth:
-            raise UserError(f"there is no layer {layer}: the model has {depth}, counted from 1")
+            raise UserError(no_layer(layer, depth, 1))
     layers = None if request.layers is None else [layer - 1 for layer in request.layers]
     predictor = model.predictor(device=request.device, precision=request.precision)
     sources = list(expand(request.images))

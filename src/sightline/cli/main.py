@@ -74,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except MemoryError:
+        if request.debug:
+            raise
+        _complain(
+            "memory does not suffice; free some, or ask for less at a time (--batch-size, --image-size, --workers 0)"
+        )
+        status = 1
     except Exception as fault:
         if request.debug:
             raise

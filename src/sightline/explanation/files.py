@@ -51,7 +51,8 @@ def explain_image(
     image = decode(source, limits=limits)
     view = explain(network, preprocess(source, limits=limits), layers=layers)
     shown, box = fitted(image, seen_box(preprocess, *image.shape[:2]), 320, 1024)
-    page = Page(view, shown, view.view(*shown.shape[:2], box), printable(name), prediction)
+    height, width = shown.shape[:2]
+    page = Page(view, shown, view.view(height, width, box), printable(name), prediction)
     files = {**page.pictures(), "index.html": page.html().encode()}
     folder = Path(out_dir)
     view.save(folder / "explanation.npz")

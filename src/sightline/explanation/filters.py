@@ -1,4 +1,4 @@
-"""The principal components of the patch embedding's filters (arXiv 2010.11929, figure 7, left)."""
+"""The principal components of the filters that meet the pixels (arXiv 2010.11929, figure 7, left)."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from sightline.explanation.grids import first_convolution
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +43,9 @@ def principal_filters(kernel: Float[Tensor, "d channels height width"], componen
 
 
 def patch_filters(backbone: nn.Module, components: int = 28) -> Filters | None:
-    """The components of the first convolution that meets the pixels; None for a tokenizer without one."""
-    tokenizer = getattr(backbone, "tokenizer", None)
-    for module in tokenizer.modules() if isinstance(tokenizer, nn.Module) else ():
-        if isinstance(module, nn.Conv2d):
-            return principal_filters(module.weight, components) if module.out_channels > 1 else None
-    return None
+    """The components of the first convolution that meets the pixels, as it meets them; None where there is none."""
+    convolution = first_convolution(backbone)
+    if convolution is None or convolution.out_channels == 1:
+        return None
+    standardized = getattr(convolution, "standardized", None)
+    return principal_filters(convolution.weight if standardized is None else standardized(), components)

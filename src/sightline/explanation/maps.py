@@ -1,6 +1,6 @@
 """The attention maps that a forward pass used, recomputed one at a time from what went into each layer."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.backbones.backbone import Backbone
 from sightline.errors import UserError, WorkError
+from sightline.explanation.grids import Grid, Seats
 from sightline.layers.attention import Attention
 from sightline.types import Tokens
 
@@ -45,6 +47,52 @@ class Call(NamedTuple):
         return weights
 
 
+class Layer(NamedTuple):
+    """One call of an `Attention` as a layer over all its tokens, whose places are `seats`.
+
+    `plain` says that the call's map is already the layer's; `asking` that its patches ask, not prefix tokens alone.
+    """
+
+    backbone: Backbone
+    call: Call
+    size: Grid
+    seats: Seats
+    plain: bool
+    asking: bool
+
+    @property
+    def heads(self) -> int:
+        """The number of heads."""
+        return self.call.shape[1]
+
+    def maps(self) -> Iterator[Float[Tensor, "1 1 n n"]]:
+        """The map of each head over all tokens in turn, in float32; every row sums to 1.
+
+        One at a time: laid side by side, the windows of a fine grid are many times larger than each for itself.
+        """
+        weights = self.call.weights()
+        for head in range(self.heads):
+            own = weights[:, head : head + 1]
+            yield own if self.plain else self.backbone.whole(self.call.name, own, self.size)[0]
+
+
+def laid_out(backbone: Backbone, call: Call, size: Grid) -> Layer:
+    """A call as a layer of the backbone for an image of `size` (height, width), of which no map is computed yet.
+
+    Raises UserError where the backbone does not give its map over all tokens of the image.
+    """
+    shape = torch.empty(call.shape, device="meta")
+    whole, grid = backbone.whole(call.name, shape, size)
+    seats = Seats(whole.shape[-1] - grid[0] * grid[1], grid)
+    if whole.shape[0] != 1 or whole.shape[-2] != whole.shape[-1] or seats.prefix < 0:
+        raise UserError(
+            f"layer '{call.name}' does not attend over the whole image at once, and '{type(backbone).__name__}.whole' "
+            "does not say how its maps lie side by side: rollout is not defined"
+        )
+    batch, _, queries, _ = call.shape
+    return Layer(backbone, call, size, seats, whole is shape, batch * queries >= grid[0] * grid[1])
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Generator[None]:
     """Evaluation mode without gradients; afterwards the network is as it was, module by module."""
@@ -62,7 +110,7 @@ def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Token
     """What a backbone makes of the pixels, and every call of an `Attention` on the way, in order.
 
     Only the inputs of the layers are kept, which grow linearly with the number of tokens; the maps, which grow with
-    its square, are computed when `Call.weights` is asked for one. Raises UserError for a backbone without attention.
+    its square, are computed when `Call.weights` is asked for one. A backbone without attention has no calls.
     """
     calls: list[Call] = []
 
@@ -77,6 +125,9 @@ def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Token
             if isinstance(module, Attention):
                 hooks.enter_context(module.register_forward_pre_hook(note(name), with_kwargs=True))
         tokens = backbone(pixels)
-    if not calls:
-        raise UserError("this model has no attention to look at: only Transformers can be explained")
     return tokens, calls
+
+
+def attention_layers(backbone: nn.Module) -> int:
+    """The number of a backbone's layers of attention."""
+    return sum(isinstance(module, Attention) for module in backbone.modules())

@@ -7,7 +7,7 @@ from html import escape
 from string import Template
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sightline.explanation.explain import Explanation
@@ -72,21 +72,22 @@ class Page:
 
     def __post_init__(self) -> None:
         explanation = self.explanation
-        self._png = {
-            "original.png": png(Image.fromarray(self.image)),
-            "rollout.png": self._over(explanation.rollout),
-            "rollout-raw.png": self._over(explanation.rollout_raw),
-            "side-by-side.png": png(
-                sheet(
-                    [self.image, overlay(self.image, explanation.rollout, self.view)],
-                    ["original", "attention rollout"],
-                    2,
-                )
-            ),
+        self._png = {"original.png": png(Image.fromarray(self.image))}
+        maps = {
+            "rollout.png": explanation.rollout,
+            "rollout-raw.png": explanation.rollout_raw,
+            "activation.png": explanation.activation,
         }
+        over = {name: self._over(cells) for name, cells in maps.items() if cells is not None}
+        self._png |= {name: png(Image.fromarray(picture)) for name, picture in over.items()}
+        if over:
+            name, picture = next(iter(over.items()))
+            labels = ["original", "attention rollout" if name == "rollout.png" else "class activation"]
+            self._png["side-by-side.png"] = png(sheet([self.image, picture], labels, 2))
         small, view = seen_part(self.image, self.view, 144)
         for layer, maps in zip(explanation.layers, explanation.head_maps, strict=True):
             labels = [f"layer {layer + 1}, head {head + 1}" for head in range(len(maps))]
+            view = view._replace(stride=explanation.strides[layer])
             picture = sheet([overlay(small, cells, view) for cells in maps], labels, 6)
             self._png[f"heads-layer-{layer + 1:02}.png"] = png(picture)
         if explanation.position_similarity is not None:
@@ -95,8 +96,9 @@ class Page:
             picture = filter_sheet(explanation.filters.pictures)
             self._png |= {} if picture is None else {"filters.png": png(picture)}
 
-    def _over(self, cells: np.ndarray) -> bytes:
-        return png(Image.fromarray(overlay(self.image, cells, self.view)))
+    def _over(self, cells: Float[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "h w 3"]:
+        stride = self.explanation.stride_of((cells.shape[0], cells.shape[1]))
+        return overlay(self.image, cells, self.view._replace(stride=stride))
 
     def pictures(self) -> dict[str, bytes]:
         """PNG files by name."""
@@ -104,10 +106,9 @@ class Page:
 
     def html(self) -> str:
         """The page: pictures inside, nothing loaded from elsewhere."""
-        sections = [self._rollouts(), self._heads(), self._distances(), self._positions(), self._filters()]
-        return document(
-            f"What the model looked at in {self.name}", "\n".join([self._answer(), *filter(None, sections)])
-        )
+        sections = [self._answer(), self._rollouts(), self._activation()]
+        sections += [self._heads(), self._distances(), self._positions(), self._filters()]
+        return document(f"What the model looked at in {self.name}", "\n".join(filter(None, sections)))
 
     def _answer(self) -> str:
         if self.prediction is None:
@@ -121,28 +122,70 @@ class Page:
         return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
     def _rollouts(self) -> str:
+        explanation = self.explanation
+        if explanation.rollout is None:
+            figure = "" if "activation.png" in self._png else self._figure("original.png", "The image")
+            return (
+                "<h2>Attention</h2><p>This network has no attention, so that there are no attention maps, no rollout "
+                f"and no attention distances to show.</p>{figure}"
+            )
         figures = [
             self._figure("original.png", "The image"),
             self._figure("rollout.png", "Rollout, with the skip connections"),
             self._figure("rollout-raw.png", "Rollout of the attention alone"),
         ]
-        asked = {"class token": "the class token", "mean of patches": "the mean of the patches"}
+        asked = {
+            "class token": "the class token",
+            "class and distillation tokens": "the class and the distillation token together",
+            "mean of patches": "the mean of the patches",
+        }
+        merged = (
+            " Where the network merges patches, a merged patch's share is spread evenly over those it was made of."
+            if len(set(explanation.grids)) > 1
+            else ""
+        )
         return (
-            f"<h2>Attention rollout</h2><p>How much of each patch arrives at {asked[self.explanation.query]}, which "
-            "the head reads, when the maps of all layers are multiplied. Colours reach from 0 to the largest "
+            f"<h2>Attention rollout</h2><p>How much of each patch arrives at {asked[explanation.query]}, which "
+            f"the head reads, when the maps of all layers are multiplied.{merged} Colours reach from 0 to the largest "
             "share; what the model did not see is dimmed. Rollout follows attention, not causes: it does not say why "
             f'a class was chosen.</p><div class="row">{"".join(figures)}</div>'
         )
 
+    def _activation(self) -> str:
+        explanation = self.explanation
+        if explanation.activation is None:
+            return (
+                ""
+                if explanation.rollout is not None
+                else "<h2>Class activation</h2><p>Left out: it is exact only where one dense layer reads the mean of "
+                "all places, and this network's head does something else.</p>"
+            )
+        scores = () if self.prediction is None else self.prediction.top
+        label = next((s.label for s in scores if s.index == explanation.activation_class), None)
+        named = f"class {explanation.activation_class}" if label is None else f"“{escape(label)}”"
+        figures = [self._figure("original.png", "The image"), self._figure("activation.png", "Class activation")]
+        return (
+            f"<h2>Class activation</h2><p>How much each place speaks for {named}: the classifier's weights for this "
+            "class times what the network holds there. The mean over all places, with the class's bias, is its score "
+            "before the softmax. Colours reach from 0 to the largest value; places that speak against the class are "
+            f'as dark as those that say nothing.</p><div class="row">{"".join(figures)}</div>'
+        )
+
     def _heads(self) -> str:
+        if not self.explanation.layers:
+            return ""
         parts = [
             f"<details{' open' if layer == self.explanation.layers[-1] else ''}><summary>Layer {layer + 1}</summary>"
             f"{self._figure(f'heads-layer-{layer + 1:02}.png', f'Layer {layer + 1}, each head')}</details>"
             for layer in self.explanation.layers
         ]
-        return f"<h2>Each head</h2><p>What each head of a layer gives to every patch.</p>{''.join(parts)}"
+        others = len(self.explanation.grids) - len(parts)
+        more = f" {others} more layers are not shown; “--layers” chooses." if others else ""
+        return f"<h2>Each head</h2><p>What each head of a layer gives to every patch.{more}</p>{''.join(parts)}"
 
     def _distances(self) -> str:
+        if not len(self.explanation.distance):
+            return ""
         height, width = self.explanation.size
         return (
             "<h2>Mean attention distance</h2><p>How far each head looks, in pixels of the model's input of "
@@ -151,7 +194,10 @@ class Page:
 
     def _positions(self) -> str:
         if "positions.png" not in self._png:
-            return ""
+            return (
+                "<h2>Position similarity</h2><p>Left out: this network has no table of positions, whose rows could be "
+                "compared.</p>"
+            )
         figure = self._figure("positions.png", "Cosine similarity")
         return (
             "<h2>Position similarity</h2><p>One tile for a patch, where the patch stands: how alike its position is to "
@@ -160,16 +206,25 @@ class Page:
 
     def _filters(self) -> str:
         if "filters.png" not in self._png:
-            return ""
+            return (
+                "<h2>First filters</h2><p>Left out: no convolution with several filters meets the pixels of a picture "
+                "in this network.</p>"
+            )
         caption = "Principal components, the one of largest variance first"
-        return f"<h2>Embedding filters</h2><p>What the patch embedding sees.</p>{self._figure('filters.png', caption)}"
+        return (
+            "<h2>First filters</h2><p>What the first convolution sees: in a Vision Transformer, the patch embedding."
+            f"</p>{self._figure('filters.png', caption)}"
+        )
 
 
 def distance_plot(distance: np.ndarray) -> str:
-    """Mean attention distances [layers, heads] as an SVG picture: layers across, pixels upwards, a dot a head."""
+    """Mean attention distances [layers, heads] as an SVG picture: layers across, pixels upwards, a dot a head.
+
+    NaN has no dot.
+    """
     left, right, top, bottom = 44, 8, 10, 34
     depth, width, height = len(distance), 620, 240
-    largest = float(distance.max())
+    largest = float(np.nan_to_num(distance).max())
     step = _round_step(largest)
     ticks = [step * i for i in range(max(math.ceil(largest / step), 1) + 1)]
     across = [left + (width - left - right) * (i + 0.5) / depth for i in range(depth)]
@@ -184,7 +239,11 @@ def distance_plot(distance: np.ndarray) -> str:
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for layer, x in enumerate(across):
         parts.append(f'<text x="{x:.1f}" y="{height - bottom + 15}" text-anchor="middle">{layer + 1}</text>')
-        parts += [f'<circle cx="{x:.1f}" cy="{up(float(value)):.1f}" r="4"/>' for value in distance[layer]]
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{up(float(value)):.1f}" r="4"/>'
+            for value in distance[layer]
+            if not np.isnan(value)
+        ]
     parts.append(f'<text x="{width / 2:.0f}" y="{height - 4}" text-anchor="middle">layer</text></svg>')
     return "".join(parts)
 

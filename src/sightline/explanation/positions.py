@@ -17,7 +17,10 @@ def similarity(table: Float[Tensor, "1 n d"], grid: tuple[int, int]) -> Float[Te
 def position_similarity(
     backbone: nn.Module, grid: tuple[int, int]
 ) -> Float[Tensor, "rows columns rows columns"] | None:
-    """The similarities of a backbone's position vectors as it uses them on `grid`; None where it has no such table."""
+    """The similarities of a backbone's position vectors as it uses them on `grid`, that of its first layer.
+
+    None where it has no table of positions, as with relative ones, which are biases between places.
+    """
     for module in backbone.modules():
         if isinstance(module, (LearnedPositions, FixedPositions)):
             return similarity(module(grid), grid)

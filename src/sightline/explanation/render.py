@@ -24,12 +24,14 @@ class View(NamedTuple):
 
     `box` is the region of the image, (left, top, right, bottom) in its pixels, that became the model's input of `size`
     (height, width); it may reach beyond the image where the input was filled up. `stride` is the step of the grid in
-    pixels of the input.
+    pixels of the input, (down, right), and `origin` where its first cell begins: patches that overlap are wider than
+    their step, and see as much before the first cell as behind the last.
     """
 
     box: Box
     size: tuple[int, int]
     stride: tuple[int | float, int | float]
+    origin: tuple[int | float, int | float] = (0, 0)
 
 
 def colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
@@ -46,20 +48,20 @@ def spread(
 
     Bilinear between the centres of the patches, constant beyond the outermost.
     """
-    (left, top, right, bottom), inputs, strides = view
-    down = _axis(height, (top, bottom), inputs[0], strides[0], cells.shape[0])
-    across = _axis(width, (left, right), inputs[1], strides[1], cells.shape[1])
+    (left, top, right, bottom), inputs, strides, origin = view
+    down = _axis(height, (top, bottom), inputs[0], strides[0], origin[0], cells.shape[0])
+    across = _axis(width, (left, right), inputs[1], strides[1], origin[1], cells.shape[1])
     return down[0] @ cells.astype(np.float32) @ across[0].T, down[1][:, None] & across[1][None, :]
 
 
 def _axis(
-    length: int, span: tuple[int | float, int | float], size: int, stride: int | float, cells: int
+    length: int, span: tuple[int | float, int | float], size: int, stride: int | float, origin: int | float, cells: int
 ) -> tuple[Float[np.ndarray, "length cells"], Bool[np.ndarray, " length"]]:
     """The share of each cell in each pixel along one axis, and whether the pixel was seen."""
     at = (np.arange(length) + 0.5 - span[0]) * size / (span[1] - span[0])  # in pixels of the model's input
-    nearest = np.clip(at / stride - 0.5, 0, cells - 1)
+    nearest = np.clip((at - origin) / stride - 0.5, 0, cells - 1)
     shares = np.maximum(1 - np.abs(nearest[:, None] - np.arange(cells)), 0)
-    return shares.astype(np.float32), (at >= 0) & (at < min(size, cells * stride))
+    return shares.astype(np.float32), (at >= 0) & (at < min(size, cells * stride + 2 * origin))
 
 
 def overlay(

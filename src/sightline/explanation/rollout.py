@@ -1,7 +1,8 @@
 """Attention rollout: how much of each input patch arrives at a token of the last layer (arXiv 2005.00928).
 
 The maps of the layers are multiplied, A_last … A_1. Asked for few rows of that product, one walks from the last layer
-to the first and never needs a matrix beside the layer's own.
+to the first and never needs a matrix beside the layer's own. Where the grid changes on the way, the rows are brought to
+that of the layer before (`sightline.explanation.grids.handed_down`).
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Fusion = Literal["mean", "max", "min"]
-Query = Literal["class token", "mean of patches"]
+Query = Literal["class token", "class and distillation tokens", "mean of patches"]
 
 
 def flow(
@@ -49,13 +50,14 @@ def rollout(
 
 
 def query_row(tokens: int, prefix: int, query: Query) -> Float[Tensor, "1 1 n"]:
-    """The row that asks for one result of the last layer: its first token, or the mean of its patches."""
+    """The row that asks for one result of a layer: its first token, the mean of its first two, or of its patches."""
     row = torch.zeros(1, 1, tokens)
-    if query == "class token":
-        assert prefix > 0, "there is no class token to ask"
-        row[..., 0] = 1.0
-    else:
+    if query == "mean of patches":
         row[..., prefix:] = 1 / (tokens - prefix)
+        return row
+    asked = 1 if query == "class token" else 2
+    assert prefix >= asked, f"there is no {query} to ask"
+    row[..., :asked] = 1 / asked
     return row
 
 

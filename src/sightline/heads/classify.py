@@ -19,7 +19,9 @@ class ClassifyConfig:
 
     `global_pool` reads the class token, the mean of the patch tokens, or both side by side. `fc_norm` normalises what
     was pooled. `pre_logits` is the width of a dense layer with tanh before the classifier, as in the paper's
-    pre-training. `num_classes=0` leaves the classifier out: the pooled features come back. `drop_rate` lies in [0, 1).
+    pre-training. `distilled` adds a second classifier, which reads the distillation token after the class token (arXiv
+    2012.12877, section 4). `num_classes=0` leaves the classifiers out: the pooled features come back. `drop_rate` lies
+    in [0, 1). Raises UserError for values out of range or that do not go together.
     """
 
     num_classes: int = 1000
@@ -27,6 +29,7 @@ class ClassifyConfig:
     fc_norm: bool = False
     norm_eps: float = 1e-6
     pre_logits: int | None = None
+    distilled: bool = False
     drop_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -34,6 +37,8 @@ class ClassifyConfig:
         require(self.pre_logits is None or self.pre_logits > 0, f"pre_logits must be positive, not {self.pre_logits}")
         require(0 <= self.norm_eps < 1, f"norm_eps must lie in [0, 1), not {self.norm_eps}")
         require(0 <= self.drop_rate < 1, f"drop_rate must lie in [0, 1), not {self.drop_rate}")
+        plain = self.global_pool == "token" and not self.fc_norm and self.pre_logits is None
+        require(plain or not self.distilled, "distilled goes with global_pool='token', without fc_norm and pre_logits")
 
 
 class ClassifyHead(nn.Module):
@@ -54,19 +59,43 @@ class ClassifyHead(nn.Module):
         self.pre_logits = nn.Linear(pooled, features) if config.pre_logits else None
         self.drop = nn.Dropout(config.drop_rate)
         self.classifier = nn.Linear(features, config.num_classes) if config.num_classes else None
-        if self.classifier is not None:
-            nn.init.zeros_(self.classifier.weight)
-            nn.init.zeros_(self.classifier.bias)
+        second = config.distilled and config.num_classes > 0
+        self.distillation_classifier = nn.Linear(features, config.num_classes) if second else None
+        for classifier in (self.classifier, self.distillation_classifier):
+            if classifier is not None:
+                nn.init.zeros_(classifier.weight)
+                nn.init.zeros_(classifier.bias)
 
     def features(self, tokens: Tokens) -> Float[Tensor, "b d"]:
-        """What the classifier reads of each image: its embedding."""
+        """What the classifier reads of each image: its embedding; of two classifiers, the mean of what they read."""
+        if self.config.distilled:
+            of_class, of_distillation = self._two(tokens)
+            return (of_class + of_distillation) / 2
         pool = self.config.global_pool
         assert pool == "avg" or tokens.prefix > 0, "pooling by the class token needs a backbone with one"
         parts = [tokens.x[:, 0]] * (pool != "avg") + [tokens.mean()] * (pool != "token")
         pooled = self.norm(torch.cat(parts, dim=1))
         return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
 
+    def _two(self, tokens: Tokens) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+        assert tokens.prefix > 1, "a distilled head needs a backbone with a distillation token"
+        return tokens.x[:, 0], tokens.x[:, 1]
+
+    def pair(self, tokens: Tokens) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+        """The logits of the class token and those of the distillation token, which learn from labels and a teacher.
+
+        Raises AssertionError where the head has not two classifiers.
+        """
+        assert self.classifier is not None, "the head has no classifiers"
+        assert self.distillation_classifier is not None, "the head is not distilled"
+        of_class, of_distillation = (self.drop(token) for token in self._two(tokens))
+        return self.classifier(of_class), self.distillation_classifier(of_distillation)
+
     def forward(self, tokens: Tokens) -> Float[Tensor, "b k"]:
+        """Logits [batch, classes]; of two classifiers, their mean. Features [batch, width] where there is none."""
+        if self.distillation_classifier is not None:
+            of_class, of_distillation = self.pair(tokens)
+            return (of_class + of_distillation) / 2
         features = self.drop(self.features(tokens))
         return features if self.classifier is None else self.classifier(features)
 

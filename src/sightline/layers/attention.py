@@ -13,17 +13,30 @@ class Attention(nn.Module):
     `width` is the size of a token and a multiple of `heads`; `drop` is the dropout of the attention map, `out_drop`
     that of the output. Raises AssertionError where the heads do not divide the width.
 
-    The three input projections share one matrix, rows in the order query, key, value. Windows are put into the batch
-    axis by the caller; masks and relative positions go into `bias`, which is added to the logits (minus infinity
-    hides a key).
+    The three input projections share one matrix, rows in the order query, key, value. `qkv_bias` gives them a bias;
+    without `key_bias` only queries and values have one, as in BEiT (one of the keys shifts all logits of a query alike
+    and changes no map). Windows are put into the batch axis by the caller; masks and relative positions go into
+    `bias`, which is added to the logits (minus infinity hides a key).
     """
 
-    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, drop: float = 0.0, out_drop: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        key_bias: bool = True,
+        drop: float = 0.0,
+        out_drop: float = 0.0,
+    ):
         super().__init__()
         assert width % heads == 0, f"width {width} is not a multiple of {heads} heads"
         self.heads = heads
         self.drop = drop
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias and key_bias)
+        apart = qkv_bias and not key_bias
+        self.q_bias = nn.Parameter(torch.zeros(width)) if apart else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if apart else None
         self.out = nn.Linear(width, width)
         self.out_drop = nn.Dropout(out_drop)
 
@@ -32,13 +45,21 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h m k"], Float[Tensor, "b h m k"]]:
         """Queries, keys and values of each head. Keys default to the queries' tokens, values to the keys'."""
         if key is None and value is None:
-            return rearrange(self.qkv(query), "b n (three h k) -> three b h n k", three=3, h=self.heads).unbind(0)
+            mixed = self.qkv(query) if self.q_bias is None else F.linear(query, self.qkv.weight, self._bias())
+            q, k, v = rearrange(mixed, "b n (three h k) -> three b h n k", three=3, h=self.heads)
+            return q, k, v
         key = query if key is None else key
         value = key if value is None else value
-        biases = self.qkv.bias.chunk(3) if self.qkv.bias is not None else (None, None, None)
+        bias = self._bias()
+        biases = bias.chunk(3) if bias is not None else (None, None, None)
         parts = zip((query, key, value), self.qkv.weight.chunk(3), biases, strict=True)
         q, k, v = (rearrange(F.linear(x, w, b), "b n (h k) -> b h n k", h=self.heads) for x, w, b in parts)
         return q, k, v
+
+    def _bias(self) -> Float[Tensor, " n"] | None:
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(
         self,

@@ -40,6 +40,23 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(ACTIVATIONS[self.activation](self.fc1(x)))))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP: the SiLU of one half of the hidden units multiplies the other half (arXiv 2002.05202, equation 6).
+
+    `hidden` counts both halves, which share one input matrix, rows in the order gate, value; it is even.
+    """
+
+    def __init__(self, width: int, hidden: int, *, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden // 2, width)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.drop(self.fc2(self.drop(F.silu(gate) * value)))
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch, small at first (arXiv 2103.17239, equation 3)."""
 
@@ -90,6 +107,7 @@ class Block(nn.Module):
     """One encoder layer: attention and MLP, each on a residual branch (arXiv 2010.11929, equations 2 and 3).
 
     `norm="pre"` normalises the input of each branch; `norm="post"` the sum after it (arXiv 1706.03762, section 3.1).
+    `mlp="swiglu"` takes a `SwiGLU`, whose activation is its own.
     """
 
     def __init__(
@@ -100,8 +118,10 @@ class Block(nn.Module):
         *,
         norm: Literal["pre", "post"] = "pre",
         eps: float = 1e-6,
+        mlp: Literal["mlp", "swiglu"] = "mlp",
         activation: str = "gelu",
         qkv_bias: bool = True,
+        key_bias: bool = True,
         layer_scale: float | None = None,
         drop: float = 0.0,
         attn_drop: float = 0.0,
@@ -110,10 +130,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm = norm
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = Attention(width, heads, qkv_bias=qkv_bias, drop=attn_drop, out_drop=drop)
+        self.attention = Attention(width, heads, qkv_bias=qkv_bias, key_bias=key_bias, drop=attn_drop, out_drop=drop)
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, hidden, activation=activation, drop=drop)
+        gated = mlp == "swiglu"
+        self.mlp = SwiGLU(width, hidden, drop=drop) if gated else Mlp(width, hidden, activation=activation, drop=drop)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path = DropPath(drop_path)
 

@@ -24,9 +24,61 @@ def _by_factor(table: Tensor, grid: Grid) -> Tensor:
     return F.interpolate(table, scale_factor=factor, mode="bicubic", align_corners=False)
 
 
+def _geometric(weights: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Grid], Tensor]:
+    def resample(table: Tensor, sides: Grid) -> Tensor:
+        axes = (_between(old, new, weights).to(table) for old, new in zip(table.shape[-2:], sides, strict=True))
+        return torch.einsum("b d r c, y r, x c -> b d y x", table, *axes)
+
+    return resample
+
+
+def _between(old: int, new: int, weights: Callable[[Tensor, Tensor], Tensor]) -> Float[Tensor, "new old"]:
+    """The matrix along one axis from `old` offsets, spread out to the extent of `new` ones, to each of those."""
+    ratio, steps, extent = (1.01, 1.5), old // 2, new // 2
+    while ratio[1] - ratio[0] > 1e-6:
+        middle = sum(ratio) / 2
+        reach = (middle**steps - 1) / (middle - 1)
+        ratio = (ratio[0], middle) if reach > extent else (middle, ratio[1])
+    # The last ratio tried, not the end of the interval: so the original stops, and a millionth is felt in the far ones.
+    away = torch.cumsum(middle ** _range(steps), dim=0)
+    at = torch.cat([-away.flip(0), _range(1), away])
+    to = (_range(new) - extent).clamp(at[0], at[-1])
+    return weights(at, to) if steps else torch.ones(new, 1, dtype=to.dtype, device="cpu")
+
+
+def _lines(at: Float[Tensor, " m"], to: Float[Tensor, " n"]) -> Float[Tensor, "n m"]:
+    """What the values at the places `at`, joined by straight lines, contribute at the places `to` between them."""
+    return _b_splines(torch.cat([at[:1], at, at[-1:]]), 1, to)
+
+
+def _cubics(at: Float[Tensor, " m"], to: Float[Tensor, " n"]) -> Float[Tensor, "n m"]:
+    """What the values at the places `at` contribute at the places `to` to the cubic spline through all of them.
+
+    Its third derivative is continuous at the second and the last but one place too ("not a knot"), as in FITPACK;
+    through three places goes a parabola.
+    """
+    degree = min(3, len(at) - 1)
+    knots = torch.cat([at[:1].expand(degree + 1), at[2:-2], at[-1:].expand(degree + 1)])
+    return torch.linalg.solve(_b_splines(knots, degree, at), _b_splines(knots, degree, to), left=False)
+
+
+def _b_splines(knots: Float[Tensor, " k"], degree: int, to: Float[Tensor, " n"]) -> Float[Tensor, "n m"]:
+    """Every B-spline of these knots at the places `to`, by de Boor's recursion."""
+    to = to[:, None]
+    last = (to == knots[-1]) & (knots[:-1] < knots[-1]) & (knots[1:] == knots[-1])
+    found = (((knots[:-1] <= to) & (to < knots[1:])) | last).to(knots)
+    for width in range(1, degree + 1):
+        spans = knots[width:] - knots[:-width]
+        spans = torch.where(spans > 0, spans, 1)  # what is divided by an empty span is zero
+        rising, falling = (to - knots[: -width - 1]) / spans[:-1], (knots[width + 1 :] - to) / spans[1:]
+        found = rising * found[:, :-1] + falling * found[:, 1:]
+    return found
+
+
 RESAMPLERS: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "bicubic_antialias": _to_size("bicubic", antialias=True),
     "bicubic": _to_size("bicubic"),
+    "bicubic_corners": _to_size("bicubic", align_corners=True),
     "bilinear": _to_size("bilinear"),
     "bilinear_corners": _to_size("bilinear", align_corners=True),
     "bicubic_factor": _by_factor,
@@ -34,8 +86,20 @@ RESAMPLERS: dict[str, Callable[[Tensor, Grid], Tensor]] = {
 """How each source stretches its position table to another grid.
 
 `bicubic_antialias`: timm, open_clip, DINOv2 with registers. `bicubic`: DeiT, MAE, T2T, BEiT, transformers.
-`bilinear`: Segmenter, timm's reader of Google files. `bilinear_corners`: the original JAX code and big_vision (a zoom
-of order 1 with aligned corners). `bicubic_factor`: DINO and DINOv2 without registers.
+`bicubic_corners`: torchvision. `bilinear`: Segmenter, timm's reader of Google files. `bilinear_corners`: the original
+JAX code and big_vision (a zoom of order 1 with aligned corners). `bicubic_factor`: DINO and DINOv2 without registers.
+"""
+
+RELATIVE_RESAMPLERS: dict[str, Callable[[Tensor, Grid], Tensor]] = {
+    **RESAMPLERS,
+    "geometric": _geometric(_cubics),
+    "geometric_linear": _geometric(_lines),
+}
+"""How each source stretches its table of relative positions; the sides count offsets, and are odd.
+
+`geometric`: BEiT, whose fine-tuning at another resolution puts the old offsets at distances that grow by a constant
+ratio until they reach as far as the new ones, and reads a cubic spline through them. `geometric_linear`: timm, with
+straight lines in its place. `bicubic`: Swin. `bilinear`: transformers' BEiT.
 """
 
 
@@ -50,7 +114,7 @@ def resample_table(table: Float[Tensor, "b n d"], old: Grid, new: Grid, method: 
     prefix = table.shape[1] - old[0] * old[1]
     assert prefix >= 0, f"a table of {table.shape[1]} rows cannot hold a grid of {old[0]}×{old[1]}"
     plane = rearrange(table[:, prefix:].float(), "b (r c) d -> b d r c", r=old[0])
-    patches = rearrange(RESAMPLERS[method](plane, new), "b d r c -> b (r c) d").to(table.dtype)
+    patches = rearrange(RELATIVE_RESAMPLERS[method](plane, new), "b d r c -> b (r c) d").to(table.dtype)
     return torch.cat([table[:, :prefix], patches], dim=1)
 
 
@@ -68,26 +132,26 @@ class LearnedPositions(nn.Module):
 
 
 class FixedPositions(nn.Module):
-    """Sine and cosine waves that are not learned; prefix tokens get zeros.
+    """Sine and cosine waves that are not learned: a frozen parameter, which checkpoints carry and counts include.
 
     `kind="sincos2d"`: half of the channels encode the column, half the row, each as sines then cosines (arXiv
-    2111.06377, appendix A.1; needs a width that 4 divides). `kind="sincos1d"`: the place in the sequence, sines and
-    cosines in turn (arXiv 1706.03762, section 3.5; needs an even width).
+    2111.06377, appendix A.1; needs a width that 4 divides); prefix tokens get zeros. `kind="sincos1d"`: the place in
+    the sequence, prefix tokens counted too, sines and cosines in turn (arXiv 1706.03762, section 3.5). Another grid
+    gets the stretched table, as with learned positions.
     """
 
-    table: Float[Tensor, "1 n d"]
-
-    def __init__(self, width: int, grid: Grid, *, prefix: int = 1, kind: str = "sincos2d"):
+    def __init__(
+        self, width: int, grid: Grid, *, prefix: int = 1, kind: str = "sincos2d", resample: str = "bicubic_antialias"
+    ):
         super().__init__()
-        self.width, self.grid, self.prefix, self.kind = width, grid, prefix, kind
-        self.register_buffer("table", self._table(grid), persistent=False)
-
-    def _table(self, grid: Grid) -> Float[Tensor, "1 n d"]:
-        patches = {"sincos2d": sincos2d, "sincos1d": sincos1d}[self.kind](self.width, grid)
-        return F.pad(patches, (0, 0, self.prefix, 0))[None]
+        self.grid, self.prefix, self.resample = grid, prefix, resample
+        self.table = nn.Parameter(torch.empty(1, prefix + grid[0] * grid[1], width), requires_grad=False)
+        if not self.table.is_meta:
+            waves = {"sincos2d": sincos2d, "sincos1d": sincos1d}[kind]
+            self.table.copy_(waves(width, grid, prefix))
 
     def forward(self, grid: Grid) -> Float[Tensor, "1 n d"]:
-        return self.table if grid == self.grid else self._table(grid).to(self.table)
+        return resample_table(self.table, self.grid, grid, self.resample)
 
 
 def _waves(count: int, at: Float[Tensor, " n"]) -> Float[Tensor, "n count"]:
@@ -99,19 +163,26 @@ def _range(count: int) -> Float[Tensor, " count"]:
     return torch.arange(count, dtype=torch.float64, device="cpu")
 
 
-def sincos2d(width: int, grid: Grid) -> Float[Tensor, "n d"]:
-    """Fixed two-dimensional positions for a grid of (rows, columns), row by row: column waves first, then row waves."""
+def sincos2d(width: int, grid: Grid, prefix: int = 0) -> Float[Tensor, "n d"]:
+    """Fixed two-dimensional positions for a grid of (rows, columns), row by row: column waves first, then row waves.
+
+    Before them stand `prefix` rows of zeros.
+    """
     assert width % 4 == 0, f"two-dimensional waves need a width that 4 divides, not {width}"
     rows, columns = torch.meshgrid(*(_range(size) for size in grid), indexing="ij")
     halves = [_waves(width // 4, axis.flatten()) for axis in (columns, rows)]
-    return torch.cat([wave for half in halves for wave in (half.sin(), half.cos())], dim=1).float()
+    waves = torch.cat([wave for half in halves for wave in (half.sin(), half.cos())], dim=1).float()
+    return F.pad(waves, (0, 0, prefix, 0))
 
 
-def sincos1d(width: int, grid: Grid) -> Float[Tensor, "n d"]:
-    """Fixed positions along the sequence of grid[0]*grid[1] patches: sine at even channels, cosine at odd ones."""
-    assert width % 2 == 0, f"waves need an even width, not {width}"
-    angles = _waves(width // 2, _range(grid[0] * grid[1]))
-    return rearrange(torch.stack([angles.sin(), angles.cos()]), "two n k -> n (k two)").float()
+def sincos1d(width: int, grid: Grid, prefix: int = 0) -> Float[Tensor, "n d"]:
+    """Fixed positions along the sequence of `prefix` tokens and grid[0]*grid[1] patches.
+
+    Sine stands at even channels, cosine at odd ones; an odd width ends with a sine.
+    """
+    at = _range(prefix + grid[0] * grid[1])
+    angles = at[:, None] / 10000 ** (2 * _range((width + 1) // 2) / width)
+    return rearrange(torch.stack([angles.sin(), angles.cos()]), "two n k -> n (k two)")[:, :width].float()
 
 
 class RelativePositions(nn.Module):
@@ -124,9 +195,9 @@ class RelativePositions(nn.Module):
 
     index: Int[Tensor, "n n"]
 
-    def __init__(self, heads: int, grid: Grid, *, prefix: int = 1):
+    def __init__(self, heads: int, grid: Grid, *, prefix: int = 1, resample: str = "bicubic"):
         super().__init__()
-        self.grid, self.prefix = grid, prefix
+        self.grid, self.prefix, self.resample = grid, prefix, resample
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         self.table = nn.Parameter(torch.zeros(offsets + 3 * (prefix > 0), heads))
         self.register_buffer("index", relative_index(grid, prefix), persistent=False)
@@ -134,15 +205,21 @@ class RelativePositions(nn.Module):
     def forward(self, grid: Grid) -> Float[Tensor, "h n n"]:
         table, index = self.table, self.index
         if grid != self.grid:
-            table, index = resample_relative(table, self.grid, grid), relative_index(grid, self.prefix).to(index)
+            table = resample_relative(table, self.grid, grid, self.resample)
+            index = relative_index(grid, self.prefix).to(index)
         return rearrange(table[index], "n m h -> h n m")
 
 
-def resample_relative(table: Float[Tensor, "n h"], old: Grid, new: Grid) -> Float[Tensor, "m h"]:
-    """A relative table for `old` (rows, columns) stretched to `new`; the rows of prefix tokens after it stay."""
+def resample_relative(
+    table: Float[Tensor, "n h"], old: Grid, new: Grid, method: str = "bicubic"
+) -> Float[Tensor, "m h"]:
+    """A relative table for `old` (rows, columns) stretched to `new`; the rows of prefix tokens after it stay.
+
+    `method` is a key of `RELATIVE_RESAMPLERS`.
+    """
     before, after = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (old, new))
     offsets = before[0] * before[1]
-    return torch.cat([resample_table(table[None, :offsets], before, after, "bicubic")[0], table[offsets:]])
+    return torch.cat([resample_table(table[None, :offsets], before, after, method)[0], table[offsets:]])
 
 
 def relative_index(grid: Grid, prefix: int) -> Int[Tensor, "n n"]:

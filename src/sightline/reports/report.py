@@ -17,7 +17,7 @@ from sightline.evaluation.accuracy import Accuracy
 from sightline.explanation.explain import explain
 from sightline.explanation.files import seen_box
 from sightline.explanation.page import document
-from sightline.explanation.render import fitted, overlay, png
+from sightline.explanation.render import fitted, png
 from sightline.images.decode import decode
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network, count_parameters
@@ -146,19 +146,20 @@ class Report:
             return "<h2>Worst mistakes</h2><p>No held-out image got a wrong answer.</p>"
         figures = "".join(self._mistake(*mistake) for mistake in self.counts.mistakes)
         return (
-            "<h2>Worst mistakes</h2><p>Wrong answers that the model was surest of, and the attention rollout of each: "
-            f'where the information that its head read came from.</p><div class="row">{figures}</div>'
+            "<h2>Worst mistakes</h2><p>Wrong answers that the model was surest of, and beside each where it looked: "
+            "the attention rollout, which says where the information that its head read came from, or for a network "
+            f'without attention the places that spoke for the answer.</p><div class="row">{figures}</div>'
         )
 
     def _mistake(self, score: float, index: int, called: int) -> str:
         sample = self.images.samples[index]
         try:
             image = decode(sample.image)
-            view = explain(self.network, self.preprocess(sample.image), layers=[-1])
-        except UserError as fault:  # a backbone without global attention has no rollout
+            view = explain(self.network, self.preprocess(sample.image), layers=())
+        except UserError as fault:  # a family may not say how its maps lie side by side
             return f"<figure><figcaption>{escape(printable(sample.name))}: {escape(str(fault))}</figcaption></figure>"
         image, box = fitted(image, seen_box(self.preprocess, *image.shape[:2]), PICTURE // 2, PICTURE)
-        seen = overlay(image, view.rollout, view.view(*image.shape[:2], box))
+        seen = view.overlay(image, box=box)
         pictures = "".join(_inline(picture) for picture in (image, seen))
         words = (
             f"{escape(printable(sample.name))}: called {escape(printable(self.labels[called]))} ({score:.1%}), "

@@ -16,7 +16,7 @@ class PatchEmbedding(nn.Module):
 
     `patch_size` is (height, width) in pixels. Where it does not divide the image, `partial="pad"` fills the last row
     and column of patches with zeros below and to the right, so that every pixel is seen; `partial="drop"` leaves the
-    rest of the image out, as most published code does.
+    rest of the image out, as most published code does. `bias` is added to every patch.
     """
 
     def __init__(
@@ -26,12 +26,14 @@ class PatchEmbedding(nn.Module):
         in_chans: int = 3,
         patch_size: tuple[int, int] = (16, 16),
         partial: Literal["pad", "drop"] = "pad",
+        bias: bool = True,
     ):
         super().__init__()
         self.patch_size, self.partial = patch_size, partial
-        self.projection = nn.Conv2d(in_chans, width, kernel_size=patch_size, stride=patch_size)
+        self.projection = nn.Conv2d(in_chans, width, kernel_size=patch_size, stride=patch_size, bias=bias)
         nn.init.trunc_normal_(self.projection.weight, std=(in_chans * math.prod(patch_size)) ** -0.5)
-        nn.init.constant_(self.projection.get_parameter("bias"), 0.0)
+        if bias:
+            nn.init.constant_(self.projection.get_parameter("bias"), 0.0)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches for an image of (height, width) pixels."""

@@ -1,0 +1,206 @@
+"""Every layout of every kind: the other library's answers, its tensors to the bit, and nothing missing or left over.
+
+python tests/test_parity.py        prints the table: kind × source × view, the error, and what sabotage did to it
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parity import Case, cases
+from sightline.checkpoints.convert import convert
+from sightline.checkpoints.files import read_tensors
+from sightline.checkpoints.load import load_bundle
+from sightline.checkpoints.scheme import Bundle
+from sightline.errors import UserError
+from sightline.registry import layouts, table
+
+pytestmark = [  # what timm's own stretching of BEiT's tables says
+    pytest.mark.filterwarnings("ignore:torch.searchsorted"),
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence"),
+]
+
+TOLERANCE = 1e-5
+"""Of the largest logit."""
+
+CASES = {f"{case.kind} {case.source} {case.view} {number}": case for number, case in enumerate(cases())}
+SQUARE = {name: case for name, case in CASES.items() if case.view == "square"}
+FORMER = ("dino original", "mae original", "mae_with_decoder transformers", "torchvision_vit_old_names torchvision")
+"""What is read and not written again: training checkpoints, and names that a library has given up."""
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """max|ours - theirs| in units of the largest of theirs."""
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def answer(bundle: Bundle, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return bundle.network(pixels)
+
+
+def file_of(path: Path) -> Path:
+    """The one file with weights that a case has written."""
+    return path if path.is_file() else next(path / name for name in ("model.safetensors",) if (path / name).exists())
+
+
+def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Other tensors in a file of the same kind."""
+    if path.suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    elif path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    else:
+        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_answer_is_the_other_library_s(case: Case, tmp_path: Path) -> None:
+    made = case.make(tmp_path)
+    assert apart(answer(load_bundle(made.path, **made.options), made.pixels), made.expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
+def test_there_and_back_to_the_bit(case: Case, tmp_path: Path) -> None:
+    made = case.make(tmp_path)
+    bundle = load_bundle(made.path, **made.options)
+    source = file_of(made.path)
+    out = tmp_path / "again" if made.path.is_dir() else tmp_path / f"again{_plain(source)}"
+    report = convert(bundle, case.layout.split("/")[0], out)
+    assert report.parity is None or report.parity <= TOLERANCE
+    again = load_bundle(out, **made.options).network.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in bundle.network.state_dict().items())
+    if f"{case.kind} {case.source}" in FORMER:
+        return
+    before, after = read_tensors(source).tensors, read_tensors(file_of(out)).tensors
+    dropped = set(bundle.coverage.dropped)
+    left = {name.removeprefix(_common(before)): tensor for name, tensor in before.items() if name not in dropped}
+    now = {name.removeprefix(_common(after)): tensor for name, tensor in after.items()}
+    assert left.keys() <= now.keys()
+    assert now.keys() - left.keys() <= {name.removeprefix(_common(before)) for name in dropped}
+    assert all(torch.equal(left[name].float(), now[name].float()) for name in left)
+
+
+def _plain(path: Path) -> str:
+    return path.suffix if path.suffix in (".npz", ".safetensors") else ".pth"
+
+
+def _common(names: Any) -> str:
+    """What wrappers put before all names."""
+    prefix = ""
+    while outer := next((p for p in _WRAPPERS if all(n.startswith(prefix + p) for n in names)), None):
+        prefix += outer
+    return prefix
+
+
+_WRAPPERS = ("module.", "params/", "opt/target/")
+
+
+@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
+def test_every_misfit_is_refused_by_its_name(case: Case, tmp_path: Path) -> None:
+    made = case.make(tmp_path)
+    bundle = load_bundle(made.path, **made.options)
+    if tmp_path not in made.path.parents and made.path != tmp_path:  # a golden stays as it is
+        made = made._replace(path=Path(shutil.copy(made.path, tmp_path)))
+    source = file_of(made.path)
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(source).tensors.items()}
+    used = [name for name in tensors if name not in bundle.coverage.dropped and tensors[name].is_floating_point()]
+    draw = np.random.default_rng(len(used))
+    for _ in range(3):
+        victim = used[draw.integers(len(used))]
+        hurt = tensors[victim].float()
+        damages = {
+            "missing": {name: tensor for name, tensor in tensors.items() if name != victim},
+            "misshapen": {**tensors, victim: torch.cat([hurt.flatten(), hurt.flatten()[:1]])},
+            "not a number": {**tensors, victim: torch.where(torch.ones_like(hurt).cumsum(-1) == 1, torch.nan, hurt)},
+        }
+        for damage, damaged in damages.items():
+            rewrite(source, damaged)
+            with pytest.raises(UserError) as refusal:
+                print(damage, victim, load_bundle(made.path, **made.options).coverage.notes)
+            assert _says(victim, str(refusal.value)), (damage, victim, str(refusal.value))
+    rewrite(source, {**tensors, f"{used[0]}.stranger": torch.zeros(3)})
+    with pytest.raises(UserError, match="stranger"):
+        load_bundle(made.path, **made.options)
+
+
+def _says(name: str, message: str) -> bool:
+    """Whether a message names a tensor, or says that what decides the kind of network is gone."""
+    current = name.removeprefix("backbone.").replace("mlp.linear_1", "mlp.0").replace("mlp.linear_2", "mlp.3")
+    return name in message or current in message or "is of no known layout" in message
+
+
+@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
+def test_every_parameter_is_felt(case: Case, tmp_path: Path) -> None:
+    made = case.make(tmp_path)
+    bundle = load_bundle(made.path, **made.options)
+    unfelt = []
+    with torch.no_grad():
+        for name, parameter in bundle.network.named_parameters():
+            before = parameter.clone()
+            parameter += 0.1 * torch.randn_like(parameter)
+            if apart(bundle.network(made.pixels), made.expected) <= TOLERANCE:
+                unfelt.append(name)
+            parameter.copy_(before)
+    # What a mean of the patches does not read: a token that only reads them, and a bias that shifts all logits alike.
+    aside = ("mask_token", "attention.before.bias")
+    reads = bundle.network.head.config.global_pool != "avg" or bundle.network.backbone.stages(made.pixels)[0].prefix > 0
+    assert not [name for name in unfelt if not name.endswith(aside)] or not reads
+
+
+def sabotage(bundle: Bundle, pixels: Tensor, expected: Tensor) -> dict[str, float]:
+    """The error after one thing was made otherwise than it should be."""
+    found = {}
+    network = bundle.network
+    if pixels.shape[2] == pixels.shape[3]:
+        found["axes swapped"] = apart(answer(bundle, pixels.transpose(2, 3).contiguous()), expected)
+    for module in network.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            before, module.eps = module.eps, module.eps + 1e-3
+            found["one eps"] = max(found.get("one eps", 0.0), apart(answer(bundle, pixels), expected))
+            module.eps = before
+    return found
+
+
+@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
+def test_sabotage_is_noticed(case: Case, tmp_path: Path) -> None:
+    made = case.make(tmp_path)
+    errors = sabotage(load_bundle(made.path, **made.options), made.pixels, made.expected)
+    assert errors
+    assert all(error > TOLERANCE for error in errors.values()), errors
+
+
+def test_every_layout_has_its_cases() -> None:
+    libraries = {layout for case in CASES.values() for layout in [case.layout]}
+    known = {key for name in table("checkpoints", "SCHEMES") if name != "sightline" for key in layouts(name)}
+    assert libraries == known
+
+
+def main() -> int:
+    """Prints the table."""
+    bad = 0
+    print(f"{'kind':<20} {'source':<13} {'view':<11} {'error':>8}   after sabotage")
+    for case in sorted(CASES.values(), key=lambda case: (case.kind, case.source)):
+        with tempfile.TemporaryDirectory() as folder:
+            made = case.make(Path(folder))
+            bundle = load_bundle(made.path, **made.options)
+            error = apart(answer(bundle, made.pixels), made.expected)
+            harmed = sabotage(bundle, made.pixels, made.expected) if case.view == "square" else {}
+        shown = ", ".join(f"{what} {value:.0e}" for what, value in harmed.items())
+        bad += not error <= TOLERANCE or any(not value > TOLERANCE for value in harmed.values())
+        print(f"{case.kind:<20} {case.source:<13} {case.view:<11} {error:>8.1e}   {shown}", flush=True)
+    print(f"{len(CASES)} cases, {bad} not as they should be")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
