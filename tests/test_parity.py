@@ -33,6 +33,8 @@ TOLERANCE = 1e-5
 
 CASES = {f"{case.kind} {case.source} {case.view} {number}": case for number, case in enumerate(cases())}
 SQUARE = {name: case for name, case in CASES.items() if case.view == "square"}
+ONE_EACH = {case.layout: case for case in reversed(SQUARE.values())}
+"""The first square case of each layout."""
 FORMER = ("dino original", "mae original", "mae_with_decoder transformers", "torchvision_vit_old_names torchvision")
 """What is read and not written again: training checkpoints, and names that a library has given up."""
 
@@ -66,10 +68,35 @@ def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_answer_is_the_other_library_s(case: Case, tmp_path: Path) -> None:
     made = case.make(tmp_path)
-    assert apart(answer(load_bundle(made.path, **made.options), made.pixels), made.expected) <= TOLERANCE
+    bundle = load_bundle(made.path, **made.options)
+    assert apart(answer(bundle, made.pixels), made.expected) <= TOLERANCE
+    if case.view == "square":
+        errors = sabotage(bundle, made.pixels, made.expected)
+        assert errors
+        assert all(error > TOLERANCE for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
+@pytest.mark.parametrize("case", ONE_EACH.values(), ids=ONE_EACH)
+def test_every_parameter_is_felt(case: Case, tmp_path: Path) -> None:
+    made = case.make(tmp_path)
+    bundle = load_bundle(made.path, **made.options)
+    unfelt = []
+    with torch.no_grad():
+        for name, parameter in bundle.network.named_parameters():
+            before = parameter.clone()
+            parameter += 0.1 * torch.randn_like(parameter)
+            if apart(bundle.network(made.pixels), made.expected) <= TOLERANCE:
+                unfelt.append(name)
+            parameter.copy_(before)
+    aside = ("mask_token", "attention.before.bias")  # no patch is hidden; what shifts all logits alike changes no map
+    assert not [name for name in unfelt if not name.endswith(aside)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if ONE_EACH[case.layout] is case else pytest.mark.slow) for case in SQUARE.values()],
+    ids=SQUARE,
+)
 def test_there_and_back_to_the_bit(case: Case, tmp_path: Path) -> None:
     made = case.make(tmp_path)
     bundle = load_bundle(made.path, **made.options)
@@ -105,7 +132,7 @@ def _common(names: Any) -> str:
 _WRAPPERS = ("module.", "params/", "opt/target/")
 
 
-@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
+@pytest.mark.parametrize("case", ONE_EACH.values(), ids=ONE_EACH)
 def test_every_misfit_is_refused_by_its_name(case: Case, tmp_path: Path) -> None:
     made = case.make(tmp_path)
     bundle = load_bundle(made.path, **made.options)
@@ -115,7 +142,7 @@ def test_every_misfit_is_refused_by_its_name(case: Case, tmp_path: Path) -> None
     tensors = {name: tensor.clone() for name, tensor in read_tensors(source).tensors.items()}
     used = [name for name in tensors if name not in bundle.coverage.dropped and tensors[name].is_floating_point()]
     draw = np.random.default_rng(len(used))
-    for _ in range(3):
+    for damage in ("missing", "misshapen", "not a number"):
         victim = used[draw.integers(len(used))]
         hurt = tensors[victim].float()
         damages = {
@@ -123,11 +150,10 @@ def test_every_misfit_is_refused_by_its_name(case: Case, tmp_path: Path) -> None
             "misshapen": {**tensors, victim: torch.cat([hurt.flatten(), hurt.flatten()[:1]])},
             "not a number": {**tensors, victim: torch.where(torch.ones_like(hurt).cumsum(-1) == 1, torch.nan, hurt)},
         }
-        for damage, damaged in damages.items():
-            rewrite(source, damaged)
-            with pytest.raises(UserError) as refusal:
-                print(damage, victim, load_bundle(made.path, **made.options).coverage.notes)
-            assert _says(victim, str(refusal.value)), (damage, victim, str(refusal.value))
+        rewrite(source, damages[damage])
+        with pytest.raises(UserError) as refusal:
+            load_bundle(made.path, **made.options)
+        assert _says(victim, str(refusal.value)), (damage, victim, str(refusal.value))
     rewrite(source, {**tensors, f"{used[0]}.stranger": torch.zeros(3)})
     with pytest.raises(UserError, match="stranger"):
         load_bundle(made.path, **made.options)
@@ -137,24 +163,6 @@ def _says(name: str, message: str) -> bool:
     """Whether a message names a tensor, or says that what decides the kind of network is gone."""
     current = name.removeprefix("backbone.").replace("mlp.linear_1", "mlp.0").replace("mlp.linear_2", "mlp.3")
     return name in message or current in message or "is of no known layout" in message
-
-
-@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
-def test_every_parameter_is_felt(case: Case, tmp_path: Path) -> None:
-    made = case.make(tmp_path)
-    bundle = load_bundle(made.path, **made.options)
-    unfelt = []
-    with torch.no_grad():
-        for name, parameter in bundle.network.named_parameters():
-            before = parameter.clone()
-            parameter += 0.1 * torch.randn_like(parameter)
-            if apart(bundle.network(made.pixels), made.expected) <= TOLERANCE:
-                unfelt.append(name)
-            parameter.copy_(before)
-    # What a mean of the patches does not read: a token that only reads them, and a bias that shifts all logits alike.
-    aside = ("mask_token", "attention.before.bias")
-    reads = bundle.network.head.config.global_pool != "avg" or bundle.network.backbone.stages(made.pixels)[0].prefix > 0
-    assert not [name for name in unfelt if not name.endswith(aside)] or not reads
 
 
 def sabotage(bundle: Bundle, pixels: Tensor, expected: Tensor) -> dict[str, float]:
@@ -169,14 +177,6 @@ def sabotage(bundle: Bundle, pixels: Tensor, expected: Tensor) -> dict[str, floa
             found["one eps"] = max(found.get("one eps", 0.0), apart(answer(bundle, pixels), expected))
             module.eps = before
     return found
-
-
-@pytest.mark.parametrize("case", SQUARE.values(), ids=SQUARE)
-def test_sabotage_is_noticed(case: Case, tmp_path: Path) -> None:
-    made = case.make(tmp_path)
-    errors = sabotage(load_bundle(made.path, **made.options), made.pixels, made.expected)
-    assert errors
-    assert all(error > TOLERANCE for error in errors.values()), errors
 
 
 def test_every_layout_has_its_cases() -> None:

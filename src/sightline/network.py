@@ -212,9 +212,9 @@ def count_macs(architecture: Architecture) -> int:
     network = architecture.lay_out().to("meta").eval()
     height, width = architecture.backbone.image_size
     pixels = torch.empty(1, architecture.backbone.in_chans, height, width, device="meta")
-    with _Remembering(), FlopCounterMode(display=False) as counter, _Remembering(counter.flop_registry):
-        with torch.no_grad():
-            network(pixels)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), _Remembering(), counter, _Remembering(counter.flop_registry):
+        network(pixels)
     return counter.get_total_flops() // 2
 
 
@@ -237,7 +237,7 @@ class _Remembering(TorchDispatchMode):
             return func(*args, **kwargs)
         try:
             call = func, _shape(args), _shape(tuple(kwargs.items()))
-        except _Valued:
+        except _ValuedError:
             return func(*args, **kwargs)
         if (known := self.known.get(call)) is not None:
             # Another handle of the same nothing each time, because the framework marks which tensor is a view of which.
@@ -249,7 +249,7 @@ class _Remembering(TorchDispatchMode):
         return made
 
 
-class _Valued(Exception):
+class _ValuedError(Exception):
     """The values of a tensor count, not its shape alone."""
 
 
@@ -257,7 +257,7 @@ def _shape(value: Any) -> Hashable:
     """What the shapes that an operation leads to depend on, of one of its arguments."""
     if isinstance(value, Tensor):
         if not value.is_meta:
-            raise _Valued
+            raise _ValuedError
         return Tensor, value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
         return tuple, *map(_shape, value)

@@ -26,6 +26,7 @@ class Backbone(nn.Module, ABC):
     """
 
     Config: ClassVar[Any]
+    config: Any
     width: int
     depth: int
 

@@ -23,7 +23,7 @@ def _row(size: str, patch: int, parameters: int) -> Variant:
             "std": (0.229, 0.224, 0.225),
         },
         num_classes=0,
-        sources=("timm", "transformers", "original"),
+        sources=("transformers", "original"),  # timm's files name the plain ViT that they fit
     )
 
 

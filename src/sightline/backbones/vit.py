@@ -385,7 +385,7 @@ def _tokenizer(config: ViTConfig) -> Any:
 
 
 def _glorot(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:
         # Query, key and value share one matrix; each is a dense layer of its own to the rule.
         for rows in module.weight.data.split(min(module.weight.shape), dim=0):
             nn.init.xavier_uniform_(rows)

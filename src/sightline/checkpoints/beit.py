@@ -192,7 +192,7 @@ class TransformersBeit(TransformersKind):
         settings = super().measure(shapes, image_size) | {
             "init_values": 0.1 if "encoder.layer.0.lambda_1" in shapes else None,
             "mask_token": "embeddings.mask_token" in shapes,
-            "positions": "relative" if each else "relative_shared" if shared else "none",
+            "positions": kinds[tables[0]] if tables else "none",
             "final_norm": "layernorm.weight" in shapes,
             "fc_norm": pooled,
             "global_pool": "avg" if pooled else "token",

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from sightline.cli.options import image_size
+from sightline.cli.options import image_size, setting
 
 SUMMARY = "Carry weights to another library's layout, every tensor accounted for."
 EXAMPLE = "sightline convert runs/photos --to timm --out photos-timm"
@@ -14,7 +14,10 @@ def arguments(parser: Any) -> None:
     """The verb's own arguments."""
     parser.add_argument("source", metavar="SOURCE", help="model directory, checkpoint, or hf:org/name")
     parser.add_argument(
-        "--to", required=True, metavar="LAYOUT", help="sightline, timm, transformers, google, big_vision"
+        "--to",
+        required=True,
+        metavar="LAYOUT",
+        help="sightline, timm, transformers, torchvision, google, big_vision, original",
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
@@ -44,7 +47,4 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return name, setting(value)

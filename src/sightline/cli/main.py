@@ -117,10 +117,31 @@ def _parse(words: list[str]) -> argparse.Namespace:
         _add(subparsers, verb, module)
     if "" in words:
         parser.error("one of the arguments is empty; was a variable not set?")
-    request, rest = parser.parse_known_args(words)
-    if rest:
-        request.parser.refuse(rest[0])
+    request, rest = parser.parse_known_args(_with_values(words, subparsers.choices))
+    take = getattr(request.verb, "further", None)
+    for word in rest:
+        if take is None or not take(request, word):
+            request.parser.refuse(word)
     return request
+
+
+def _with_values(words: list[str], parsers: dict[str, Any]) -> list[str]:
+    """The words, with `=` between an option that the verb's parser does not know and the value that follows it.
+
+    It would be taken for an argument otherwise.
+    """
+    verb = parsers.get(words[0]) if words else None
+    if verb is None or not hasattr(verb.get_default("verb"), "further"):
+        return words
+    joined = words[:1]
+    for word in words[1:]:
+        last = joined[-1]
+        open_ = last.startswith("--") and "=" not in last and last not in verb._option_string_actions
+        if open_ and not word.startswith("--"):
+            joined[-1] = f"{last}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _add(subparsers: Any, verb: str, module: ModuleType) -> None:

@@ -1,6 +1,8 @@
 """Command-line options made from the fields of settings dataclasses, so that both say the same."""
 
 import argparse
+import json
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import fields
@@ -34,6 +36,16 @@ def _kind(hint: Any) -> Mapping[str, Any]:
         count = len(get_args(hint))
         return {"type": get_args(hint)[0], "nargs": count}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+
+
+def setting(text: str) -> Any:
+    """A setting's value as people write it: `3`, `1e-6`, `true`, `null`, `1,2,6` or `8x4` for several, else text."""
+    for form in (text, f"[{text}]" if "," in text else re.sub(r"^(\d+)[x×](\d+)$", r"[\1, \2]", text)):
+        try:
+            return json.loads(form)
+        except ValueError:
+            continue
+    return text
 
 
 def add_device(parser: Any) -> None:

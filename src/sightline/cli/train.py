@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from sightline.cli.options import add_device, add_fields, given, image_size
+from sightline.cli.options import add_device, add_fields, given, image_size, setting
 from sightline.training.settings import Settings
 
 SUMMARY = "Train or fine-tune a model on a folder of images; what is not said is chosen, and the choice explained."
@@ -34,10 +34,13 @@ def arguments(parser: Any) -> None:
     modes = ("squash", "crop", "pad", "native")
     parser.add_argument("--resize", choices=modes, help="how images of other shapes get there; native keeps aspect")
     add_device(parser)
-    network = parser.add_argument_group("network, in place of the recipe's choice")
+    network = parser.add_argument_group(
+        "network, in place of the recipe's choice",
+        "every setting of the model's family is an option; several numbers are written 1,2,6",
+    )
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
-        network.add_argument(f"--{name}", type=int, metavar="N")
-    network.add_argument("--tokenizer", metavar="NAME", help="patch, or convolution: how pixels become tokens")
+        network.add_argument(f"--{name}", type=setting, metavar="N")
+    network.add_argument("--tokenizer", metavar="NAME", help="patch, convolution, …: how pixels become tokens")
     network.add_argument("--drop-path-rate", type=float, metavar="X", help="stochastic depth")
     add_fields(parser.add_argument_group("teaching, in place of the recipe's choice"), Settings, leave_out=_OWN)
     augment = parser.add_argument_group("variation of the training images")
@@ -50,7 +53,23 @@ def arguments(parser: Any) -> None:
 
 
 _NETWORK = ("tokenizer", "patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
+_TOLD = {"num_classes", "image_size", "in_chans"}
+"""What the images say, or another option."""
 _AUGMENT = ("horizontal_flip", "vertical_flip", "degrees", "crop", "randaugment", "erasing")
+
+
+def further(request: argparse.Namespace, word: str) -> bool:
+    """Takes `--NAME=VALUE` where a network or its head has a setting of this name; says whether it did."""
+    from sightline.backbones.backbone import FAMILIAR
+    from sightline.registry import table
+
+    name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+    parts = [*table("backbones", "FAMILIES").values(), *table("heads", "HEADS").values()]
+    known = {*FAMILIAR, *(field for part in parts for field in part.Config.__dataclass_fields__)} - _TOLD
+    if not word.startswith("--") or name not in known:
+        return False
+    request.network = {**getattr(request, "network", {}), name: setting(word.partition("=")[2]) if value else True}
+    return True
 
 
 def run(request: argparse.Namespace) -> int:
@@ -76,7 +95,7 @@ def run(request: argparse.Namespace) -> int:
             resume=request.resume,
             device=request.device,
             quiet=request.quiet,
-            network=named(_NETWORK),
+            network={**named(_NETWORK), **getattr(request, "network", {})},
             augment=named(_AUGMENT),
             **settings,
         )
