@@ -10,7 +10,6 @@ from PIL import Image
 
 from sightline.datasets.folder import read_splits
 from sightline.datasets.image_set import ImageSet, Names, Samples
-from sightline.errors import UserError
 from sightline.network import describe
 from sightline.objectives.supervised import Supervised
 from sightline.recipes.autopilot import autopilot
@@ -235,10 +234,12 @@ class TestConvolutionalStem:
         assert pixels.grad is not None
         assert pixels.grad[0, :, 7, 12].abs().sum() > 0  # a pixel of the patch above it
 
-    def test_no_batches_of_unlike_sizes(self) -> None:
-        network = describe("vit_pico_patch4_32", 3, tokenizer="convolution").build()
-        with pytest.raises(UserError, match="unlike sizes"):
-            network(torch.randn(2, 3, 8, 8), torch.tensor([[8, 8], [4, 8]]))
+    def test_an_image_gets_in_a_batch_of_unlike_sizes_the_answer_it_gets_alone(self) -> None:
+        network = describe("vit_pico_patch4_32", 3, tokenizer="convolution").build().eval()
+        torch.nn.init.normal_(network.head.classifier.weight)
+        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        together = network(pixels, torch.tensor([[8, 8], [4, 8]]))
+        torch.testing.assert_close(together, torch.cat([network(pixels[:1]), network(pixels[1:, :, :4])]))
 
 
 def test_facts_of_a_folder(tmp_path: Path) -> None:

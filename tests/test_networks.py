@@ -167,7 +167,7 @@ def test_averaging_moves_the_norm_behind_the_pooling_as_in_timm():
         ({"patch_size": 0}, "patch_size must be positive"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"depth": "many"}, "expected int"),
-        ({"image_size": 4, "partial_patches": "drop"}, "do not fit"),
+        ({"image_size": 4, "patch_size": 8, "partial_patches": "drop"}, "do not fit"),
         ({"positions": "sincos2d", "embed_dim": 18}, "4 divides"),
     ],
 )

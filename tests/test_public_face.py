@@ -50,7 +50,7 @@ class TestNames:
         assert done.stdout.split() == ["False", "True", "False", "False"], done.stderr
 
     def test_models_by_name(self):
-        names = sightline.list_models("vit_tiny_*")
+        names = sightline.list_models("vit_tiny_patch*")
         assert names == ["vit_tiny_patch16_224", "vit_tiny_patch16_384"]
         assert set(names) < set(sightline.list_models())
         assert sightline.list_models("nothing*") == []
