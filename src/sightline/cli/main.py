@@ -121,7 +121,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     take = getattr(request.verb, "further", None)
     for word in rest:
         if take is None or not take(request, word):
-            request.parser.refuse(word)
+            request.parser.refuse(word if word in words else word.partition("=")[0])
     return request
 
 
