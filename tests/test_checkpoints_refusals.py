@@ -229,11 +229,17 @@ def test_pre_logits_go_with_the_classifier(tmp_path: Path) -> None:
     assert any("'pre_logits/kernel'" in note for note in bundle.coverage.notes)
 
 
-@pytest.mark.parametrize(("extra", "said"), [("MAPHead_0/probe", "attention pooling"), ("conv_root/kernel", "stem")])
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("MAPHead_0/probe", r"attention pooling.*'MAPHead_0/probe'"),
+        ("conv_root/kernel", r"'conv_root/kernel' has shape \[2\]; 4 axes"),
+    ],
+)
 def test_google_models_of_another_kind(tmp_path: Path, extra: str, said: str) -> None:
     source = write(tmp_path, "google")
     change(source, lambda state: state.update({extra: torch.zeros(2)}))
-    with pytest.raises(UserError, match=f"{said}.*'{extra}'"):
+    with pytest.raises(UserError, match=said):
         load_bundle(source, **options("google"))
 
 

@@ -347,8 +347,9 @@ REFUSED = [
     ("transformers", {"id2label": {"0": "a", "1": "b", "2": 3, "3": "d", "4": "e"}}, "no name for class 2"),
     ("transformers", {"id2label": None, "num_labels": 10**9}, "num_classes 1000000000 is larger"),
     ("timm", {"auto_map": {"AutoModel": "evil.Evil"}}, "'auto_map' in config.json is unknown"),
-    ("timm", {"num_classes": 10**9}, "num_classes 1000000000 is larger"),
-    ("timm", {"num_classes": 2.5}, "num_classes"),
+    ("timm", {"num_classes": 10**9, "model_args": {}}, "num_classes 1000000000 is larger"),
+    ("timm", {"num_classes": 2.5, "model_args": {}}, "num_classes"),
+    ("timm", {"num_classes": 10**9}, "num_classes in config.json is 5 in model_args and 1000000000 beside"),
     ("sightline", {"auto_map": {"AutoModel": "evil.Evil"}}, "'auto_map' in config.json is unknown"),
 ]
 

@@ -148,9 +148,13 @@ def _sections(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _arguments(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[int, int] | None, int | None]:
     """The arguments of the model class, the image size, and the number of classes where it is told."""
     pretrained, arguments = config["pretrained_cfg"], dict(config["model_args"])
-    count = arguments.pop("num_classes", None)
-    for place in (config, pretrained):
-        count = place.get("num_classes") if count is None else count
+    counts = [count for count in (arguments.pop("num_classes", None), config.get("num_classes")) if count is not None]
+    # What the network was published with (pretrained_cfg) may differ from what it was then given.
+    count = counts[0] if counts else pretrained.get("num_classes")
+    contradiction = (
+        f"{printable(repr(counts[0]))} in model_args and {printable(repr(counts[-1]))} beside" if counts else ""
+    )
+    require(all(c == count for c in counts), f"{where}: num_classes in config.json is {contradiction}")
     size = arguments.pop("img_size", None) or (pretrained.get("input_size") or (None,))[1:]
     size = (size, size) if isinstance(size, int) else tuple(size)
     whole = not size or (len(size) == 2 and all(isinstance(n, int) for n in size))
