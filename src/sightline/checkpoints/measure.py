@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from sightline.checkpoints.scheme import Request, adjusted
@@ -112,7 +113,12 @@ def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     """The registered networks of a family by name, with the settings of their backbones."""
     for name, row in variants().items():
         if row.family == facts.layout.family:
-            yield name, describe(name).backbone
+            yield name, _registered(name)
+
+
+@cache
+def _registered(name: str) -> Any:
+    return describe(name).backbone
 
 
 def _alike(config: Any, settings: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
