@@ -275,7 +275,7 @@ GMACS = {
     "resnetv2_152x2_bit": 45.814,
     "resnet50": 4.1,
 }
-"""As published, or as measured of the references (../shared/FAMILIES.md)."""
+"""As published, or as measured of the reference implementations."""
 
 
 @pytest.mark.parametrize("name", GMACS)
