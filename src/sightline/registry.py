@@ -20,9 +20,9 @@ from sightline.errors import UserError, printable, suggest
 class Variant:
     """One published architecture: a family, its settings, and the number that proves them.
 
-    `settings` override the defaults of the family's configuration; `head` those of its head; `preprocess` is the pixel
-    contract its published weights expect. `parameters` is the exact count with `num_classes` outputs, asserted by the
-    contract tests.
+    `settings` override the defaults of the family's configuration; `head` those of its head, which is that of `task`;
+    `preprocess` is the pixel contract its published weights expect. `parameters` is the exact count with `num_classes`
+    outputs, asserted by the contract tests.
     """
 
     family: str
@@ -33,6 +33,7 @@ class Variant:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     sources: tuple[str, ...] = ()
+    task: str = "classify"
 
 
 @cache
@@ -69,7 +70,7 @@ def layouts(library: str) -> dict[str, Any]:
 
 def variants(pattern: str = "*") -> dict[str, Variant]:
     """The rows of every `VARIANTS` table whose name matches a shell pattern, in order of names."""
-    rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS")}
+    rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS"), **table("heads", "VARIANTS")}
     return {name: rows[name] for name in sorted(fnmatch.filter(rows, pattern))}
 
 
