@@ -47,7 +47,8 @@ class Batch(NamedTuple):
 
     `pixels` [b, c, h, w] are normalised; `targets` are class indices; `index` says which samples of the dataset they
     are; `key` is a number per sample drawn from (seed, epoch, sample) that seeds whatever else is random about it.
-    `sizes` holds each image's (height, width) where they differ; they are then padded below and to the right.
+    `sizes` holds each image's (height, width) where they differ; they are then padded below and to the right. `views`
+    are further pictures of the same images, or what else an objective reads of them, each with the batch as first axis.
     """
 
     pixels: Float[Tensor, "b c h w"]
@@ -55,6 +56,7 @@ class Batch(NamedTuple):
     index: Int[Tensor, " b"]
     key: Int[Tensor, " b"]
     sizes: Int[Tensor, "b 2"] | None = None
+    views: tuple[Tensor, ...] = ()
 
     def part(self, start: int, stop: int) -> "Batch":
         """The samples from `start` to before `stop`."""
@@ -66,7 +68,8 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         sizes = None if self.sizes is None else change(self.sizes)
-        return Batch(change(self.pixels), change(self.targets), change(self.index), change(self.key), sizes)
+        views = tuple(change(view) for view in self.views)
+        return Batch(change(self.pixels), change(self.targets), change(self.index), change(self.key), sizes, views)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,11 @@ Say = Callable[[str], None]
 
 def _in_silence(line: str) -> None:
     pass
+
+
+Transform = Callable[[UInt8[np.ndarray, "h w 3"], int], Any]
+"""From an image and a number that seeds whatever is random about it to pixels [3, h, w], or to a tuple: pixels first,
+then further tensors of the same shapes for every image, which become the `views` of the batch."""
 
 
 class Refused(NamedTuple):
@@ -75,7 +80,7 @@ class Loader:
 class TrainLoader(Loader):
     """Shuffled, augmented batches of the training steps in `steps`.
 
-    `transform` makes pixels [3, h, w] from an image and a number that seeds whatever is random about it. `batch_size`
+    `transform` makes pixels [3, h, w] of an image, or several views of it (see `Transform`). `batch_size`
     counts the samples of all `world` processes; this one, `rank`, gets its `share` of each batch. Order follows from
     (seed, epoch), a sample's number from (seed, epoch, view); see `order.rows`, also for `repeats`. Raises UserError
     for a batch that leaves nothing for some process.
@@ -84,7 +89,7 @@ class TrainLoader(Loader):
     def __init__(
         self,
         images: ImageSet,
-        transform: Callable[[UInt8[np.ndarray, "h w 3"], int], Float[Tensor, "c rows columns"]],
+        transform: Transform,
         *,
         batch_size: int,
         seed: int,
@@ -129,7 +134,7 @@ class OrderedLoader(Loader):
 @dataclass(frozen=True)
 class _Shuffled:
     images: ImageSet
-    transform: Callable[[UInt8[np.ndarray, "h w 3"], int], Float[Tensor, "c rows columns"]]
+    transform: Transform
     batch_size: int
     seed: int
     repeats: int
@@ -141,7 +146,7 @@ class _Shuffled:
         keys = sample_keys(self.seed, epoch, views)
         return _load(step, self.images, views % len(self.images), keys, self._augmented, watch)
 
-    def _augmented(self, image: Picture, key: int) -> Float[Tensor, "c rows columns"]:
+    def _augmented(self, image: Picture, key: int) -> Any:
         return self.transform(image if isinstance(image, np.ndarray) else decode(image), key)
 
 
@@ -162,29 +167,33 @@ def _load(
     images: ImageSet,
     index: Int64[np.ndarray, " b"],
     keys: Int64[np.ndarray, " b"],
-    read: Callable[[Picture, int], Float[Tensor, "c rows columns"]],
+    read: Callable[[Picture, int], Any],
     watch: Watch,
 ) -> Loaded:
-    pixels, facts, refused = [], [], []
+    views, facts, refused = [], [], []
     for i, key in zip(index.tolist(), keys.tolist(), strict=True):
         image, target, name = images.samples[i]
         if (why := watch(i)) is not None:
             refused.append(Refused(name, why))
             continue
         try:
-            pixels.append(read(image, key))
+            seen = read(image, key)
         except ImageError as error:
             refused.append(Refused(name, error.reason))
         else:
+            views.append(seen if isinstance(seen, tuple) else (seen,))
             facts.append((target, i, key))
-    if not pixels:
+    if not views:
         return Loaded(step, None, refused)
+    pixels, *others = zip(*views, strict=True)
     together, sizes = collate(pixels)
-    return Loaded(step, Batch(together, *torch.tensor(facts).unbind(dim=1), sizes), refused)
+    further = tuple(torch.stack(view) for view in others)
+    return Loaded(step, Batch(together, *torch.tensor(facts).unbind(dim=1), sizes, further), refused)
 
 
 def _pinned(loaded: Loaded) -> Loaded:
     """The same in memory that a GPU can fetch by itself."""
     if loaded.batch is None:
         return loaded
-    return loaded._replace(batch=loaded.batch._replace(pixels=loaded.batch.pixels.pin_memory()))
+    pixels, views = loaded.batch.pixels.pin_memory(), tuple(view.pin_memory() for view in loaded.batch.views)
+    return loaded._replace(batch=loaded.batch._replace(pixels=pixels, views=views))

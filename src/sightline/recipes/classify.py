@@ -21,7 +21,7 @@ from sightline.errors import UserError, WorkError, printable
 from sightline.evaluation.accuracy import Accuracy, accuracy
 from sightline.model import Model, load
 from sightline.network import Network
-from sightline.objectives.supervised import Supervised
+from sightline.objectives.supervised import Supervised, SupervisedConfig
 from sightline.recipes.autopilot import autopilot
 from sightline.recipes.recipe import Recipe
 from sightline.reports.card import model_card
@@ -167,10 +167,7 @@ class _Run:
         record = record if resume else self._record()
         objective = Supervised(
             self.network,
-            smoothing=settings.smoothing,
-            mixup=settings.mixup,
-            cutmix=settings.cutmix,
-            switch_prob=settings.switch_prob,
+            SupervisedConfig(settings.smoothing, settings.mixup, settings.cutmix, settings.switch_prob),
         )
         names, unsaid = self.splits.train.samples.names, dict(record)
         task = Task(
