@@ -262,13 +262,13 @@ def memory(root: Path, table: Table) -> None:
     def plant() -> None:
         plain = Updater.__call__
 
-        def limited(self, batch, step, lr):
+        def limited(self, batch, step, *words):
             unlimited = resource.RLIM_INFINITY
             limit = unlimited  # what follows the first step needs memory of its own, to start threads and to draw
             if step == 0 and (out / "run.json").exists():  # not in the measurement before it
                 limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 400 * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (limit, unlimited))
-            return plain(self, batch, step, lr)
+            return plain(self, batch, step, *words)
 
         Updater.__call__ = limited  # ty: ignore[invalid-assignment]
 

@@ -98,10 +98,10 @@ def test_it_is_taught_and_weighed(run, photos):
 def test_stopped_it_goes_on_to_the_same_bits(run, photos, tmp_path, monkeypatch):
     plain = Updater.__call__
 
-    def stopping(self, batch, step, lr):
+    def stopping(self, batch, step, *words):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch, step, lr)
+        return plain(self, batch, step, *words)
 
     monkeypatch.setattr(Updater, "__call__", stopping)
     assert taught(run.kind, photos, tmp_path / "again").status == 143

@@ -21,7 +21,7 @@ from sightline.checkpoints.atomic import PARTIAL
 from sightline.errors import UserError, WorkError
 from sightline.evaluation.accuracy import accuracy
 from sightline.network import create_model
-from sightline.objectives.supervised import Supervised
+from sightline.objectives.supervised import Supervised, SupervisedConfig
 from sightline.recipes.train import train
 from sightline.training.distributed import World
 from sightline.training.saver import Saver
@@ -92,7 +92,7 @@ def updates(**settings) -> list[float]:
     torch.manual_seed(0)
     network = create_model("vit_tiny_patch16_224", 3, image_size=16, depth=2, embed_dim=8, num_heads=2)
     nn.init.normal_(network.head.classifier.weight, std=0.1)
-    objective = Supervised(network, mixup=0.3).train()
+    objective = Supervised(network, SupervisedConfig(mixup=0.3)).train()
     taught = Settings(**{"optimizer": "sgd", **settings})
     updater = Updater(objective, taught, World(0, 1, torch.device("cpu")), torch.float32)
     index = torch.arange(24)
@@ -133,10 +133,10 @@ def test_a_defect_is_not_taken_for_too_little_memory(monkeypatch):
 def test_the_smaller_parts_are_said_and_remembered(tmp_path, monkeypatch, capsys):
     sizes, plain = short_of_memory(monkeypatch, 32, MemoryError()), Updater.__call__
 
-    def stopping(self, batch, step, lr):
+    def stopping(self, batch, step, *words):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch, step, lr)
+        return plain(self, batch, step, *words)
 
     monkeypatch.setattr(Updater, "__call__", stopping)
     with pytest.raises(Interrupted):

@@ -11,7 +11,7 @@ import torch
 
 from sightline.errors import UserError, WorkError
 from sightline.network import create_model
-from sightline.objectives.supervised import Supervised
+from sightline.objectives.supervised import Supervised, SupervisedConfig
 from sightline.training.distributed import World
 from sightline.training.loop import Loop, Task
 from sightline.training.saver import Saver
@@ -29,7 +29,7 @@ PLAIN = {"epochs": 3, "batch_size": 6, "workers": 0, "lr": 0.05, "evaluations": 
 def objective(**changes) -> Supervised:
     torch.manual_seed(4)
     size = {"image_size": 4, "patch_size": 2, "embed_dim": 4, "depth": 3, "num_heads": 1, "drop_path_rate": 0.5}
-    return Supervised(create_model("vit_tiny_patch16_224", 3, **size), **{"mixup": 0.4, **changes})
+    return Supervised(create_model("vit_tiny_patch16_224", 3, **size), SupervisedConfig(**{"mixup": 0.4, **changes}))
 
 
 def batch(step: int, size: int = 6) -> Batch:

@@ -21,7 +21,7 @@ from torch import nn
 import sightline
 from sightline.errors import UserError, WorkError
 from sightline.network import create_model
-from sightline.objectives.supervised import Supervised
+from sightline.objectives.supervised import Supervised, SupervisedConfig
 from sightline.recipes.evaluate import evaluate
 from sightline.recipes.train import train
 from sightline.registry import table
@@ -157,7 +157,7 @@ def test_smoothed_loss_is_the_frameworks(smoothing, classes):
     network = create_model("vit_tiny_patch16_224", classes, image_size=16, depth=1, embed_dim=6, num_heads=2)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)
-    objective = Supervised(network, smoothing=smoothing).train()
+    objective = Supervised(network, SupervisedConfig(smoothing=smoothing)).train()
     pixels, targets = torch.randn(3, 3, 16, 16), torch.randint(classes, (3,))
     batch = Batch(pixels, targets, torch.arange(3), torch.arange(3))
     expected = nn.functional.cross_entropy(network(pixels), targets, label_smoothing=smoothing)
@@ -223,10 +223,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed, tmp_path, monkeypat
 
     plain = Updater.__call__
 
-    def stopping_at_17(self, batch, step, lr):
+    def stopping_at_17(self, batch, step, *words):
         if step == 17:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch, step, lr)
+        return plain(self, batch, step, *words)
 
     out = tmp_path / "stopped"
     monkeypatch.setattr(Updater, "__call__", stopping_at_17)
@@ -291,10 +291,10 @@ def test_a_run_by_the_clock_that_stopped_before_it_was_planned_still_ends(tmp_pa
 
     plain = Updater.__call__
 
-    def stopping_at_6(self, batch, step, lr):
+    def stopping_at_6(self, batch, step, *words):
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch, step, lr)
+        return plain(self, batch, step, *words)
 
     monkeypatch.setattr(Updater, "__call__", stopping_at_6)
     with pytest.raises(Interrupted):

@@ -65,7 +65,8 @@ class Batch(NamedTuple):
     the batch (class indices [b], a class for every pixel [b, h, w]) or a tuple with an entry for each image; `index`
     says which samples of the dataset they are; `key` is a number per sample drawn from (seed, epoch, sample) that seeds
     whatever else is random about it. `sizes` holds each image's (height, width) where they differ; they are then padded
-    below and to the right.
+    below and to the right. `views` are further pictures of the same images, or what else an objective reads of them,
+    each with the batch as first axis.
     """
 
     pixels: Float[Tensor, "b c h w"]
@@ -73,6 +74,7 @@ class Batch(NamedTuple):
     index: Int[Tensor, " b"]
     key: Int[Tensor, " b"]
     sizes: Int[Tensor, "b 2"] | None = None
+    views: tuple[Tensor, ...] = ()
 
     def part(self, start: int, stop: int) -> "Batch":
         """The samples from `start` to before `stop`."""
@@ -80,7 +82,7 @@ class Batch(NamedTuple):
         pixels, targets, index, key = (
             values[start:stop] for values in (self.pixels, self.targets, self.index, self.key)
         )
-        return Batch(pixels, targets, index, key, sizes)
+        return Batch(pixels, targets, index, key, sizes, tuple(view[start:stop] for view in self.views))
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; asynchronous where the memory is pinned."""
@@ -88,7 +90,8 @@ class Batch(NamedTuple):
         def change(values: Tensor) -> Tensor:
             return values.to(device, non_blocking=True)
 
-        return Batch(*(each(values, change) for values in self[:4]), None if self.sizes is None else change(self.sizes))
+        sizes = None if self.sizes is None else change(self.sizes)
+        return Batch(*(each(values, change) for values in self[:4]), sizes, tuple(change(view) for view in self.views))
 
 
 class Placement(NamedTuple):

@@ -30,6 +30,11 @@ def _in_silence(line: str) -> None:
     pass
 
 
+Transform = Callable[[UInt8[np.ndarray, "h w 3"], int], Any]
+"""From an image and a number that seeds whatever is random about it to pixels [3, h, w], or to a tuple: pixels first,
+then further tensors of the same shapes for every image, which become the `views` of the batch."""
+
+
 class Joint(ABC):
     """Prepares an image together with what is marked in it, and puts the results of a batch together.
 
@@ -91,16 +96,16 @@ class Loader:
 class TrainLoader(Loader):
     """Shuffled, augmented batches of the training steps in `steps`.
 
-    `transform` makes pixels [3, h, w] from an image and a number that seeds whatever is random about it, or is a
-    `Joint` where more than a class goes with an image. `batch_size` counts the samples of all `world` processes; this one, `rank`, gets its `share` of each batch. Order follows from
-    (seed, epoch), a sample's number from (seed, epoch, view); see `order.rows`, also for `repeats`. Raises UserError
-    for a batch that leaves nothing for some process.
+    `transform` makes pixels [3, h, w] of an image, or several views of it (see `Transform`), or is a `Joint` where more
+    than a class goes with an image. `batch_size` counts the samples of all `world` processes; this one, `rank`, gets
+    its `share` of each batch. Order follows from (seed, epoch), a sample's number from (seed, epoch, view); see
+    `order.rows`, also for `repeats`. Raises UserError for a batch that leaves nothing for some process.
     """
 
     def __init__(
         self,
         images: ImageSet,
-        transform: "Callable[[UInt8[np.ndarray, 'h w 3'], int], Float[Tensor, 'c rows columns']] | Joint",
+        transform: "Transform | Joint",
         *,
         batch_size: int,
         seed: int,
@@ -145,10 +150,10 @@ class OrderedLoader(Loader):
 class _Classes(Joint):
     """Images alone, whose targets are class indices."""
 
-    def __init__(self, read: Callable[[Picture, int], Float[Tensor, "c rows columns"]]):
+    def __init__(self, read: Callable[[Picture, int], Any]):
         self.read = read
 
-    def __call__(self, image: Picture, marks: int, key: int) -> tuple[Float[Tensor, "c rows columns"], int]:
+    def __call__(self, image: Picture, marks: int, key: int) -> tuple[Any, int]:
         return self.read(image, key), marks
 
     def together(self, targets: Sequence[int]) -> Int[Tensor, " b"]:
@@ -158,7 +163,7 @@ class _Classes(Joint):
 @dataclass(frozen=True)
 class _Shuffled:
     images: ImageSet
-    transform: Callable[[UInt8[np.ndarray, "h w 3"], int], Float[Tensor, "c rows columns"]] | Joint
+    transform: Transform | Joint
     batch_size: int
     seed: int
     repeats: int
@@ -171,7 +176,7 @@ class _Shuffled:
         joint = self.transform if isinstance(self.transform, Joint) else _Classes(self._augmented)
         return _load(step, self.images, views % len(self.images), keys, joint, watch)
 
-    def _augmented(self, image: Picture, key: int) -> Float[Tensor, "c rows columns"]:
+    def _augmented(self, image: Picture, key: int) -> Any:
         assert not isinstance(self.transform, Joint)
         return self.transform(image if isinstance(image, np.ndarray) else decode(image), key)
 
@@ -201,7 +206,7 @@ def _load(
     joint: Joint,
     watch: Watch,
 ) -> Loaded:
-    pixels, targets, facts, refused = [], [], [], []
+    views, targets, facts, refused = [], [], [], []
     for i, key in zip(index.tolist(), keys.tolist(), strict=True):
         image, marks, name = images.samples[i]
         if (why := watch(i)) is not None:
@@ -212,17 +217,21 @@ def _load(
         except ImageError as error:
             refused.append(Refused(name, error.reason))
         else:
-            pixels.append(seen)
+            views.append(seen if isinstance(seen, tuple) else (seen,))
             targets.append(target)
             facts.append((i, key))
-    if not pixels:
+    if not views:
         return Loaded(step, None, refused)
+    pixels, *others = zip(*views, strict=True)
     together, sizes = collate(pixels)
-    return Loaded(step, Batch(together, joint.together(targets), *torch.tensor(facts).unbind(dim=1), sizes), refused)
+    further = tuple(torch.stack(view) for view in others)
+    batch = Batch(together, joint.together(targets), *torch.tensor(facts).unbind(dim=1), sizes, further)
+    return Loaded(step, batch, refused)
 
 
 def _pinned(loaded: Loaded) -> Loaded:
     """The same in memory that a GPU can fetch by itself."""
     if loaded.batch is None:
         return loaded
-    return loaded._replace(batch=loaded.batch._replace(pixels=loaded.batch.pixels.pin_memory()))
+    pixels, views = loaded.batch.pixels.pin_memory(), tuple(view.pin_memory() for view in loaded.batch.views)
+    return loaded._replace(batch=loaded.batch._replace(pixels=pixels, views=views))

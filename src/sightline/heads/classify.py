@@ -63,10 +63,7 @@ class ClassifyHead(nn.Module):
         self.classifier = nn.Linear(features, config.num_classes) if config.num_classes else None
         second = config.distilled and config.num_classes > 0
         self.distillation_classifier = nn.Linear(features, config.num_classes) if second else None
-        for classifier in (self.classifier, self.distillation_classifier):
-            if classifier is not None:
-                nn.init.zeros_(classifier.weight)
-                nn.init.zeros_(classifier.bias)
+        self.renew()
 
     def features(self, tokens: Tokens) -> Float[Tensor, "b d"]:
         """What the classifier reads of each image: its embedding; of two classifiers, the mean of what they read."""
@@ -94,10 +91,11 @@ class ClassifyHead(nn.Module):
         return self.classifier(of_class), self.distillation_classifier(of_distillation)
 
     def renew(self) -> None:
-        """Forgets the classes: the classifier starts at zero again."""
-        if self.classifier is not None:
-            nn.init.zeros_(self.classifier.weight)
-            nn.init.zeros_(self.classifier.bias)
+        """Forgets the classes: each classifier starts at zero."""
+        for classifier in (self.classifier, self.distillation_classifier):
+            if classifier is not None:
+                nn.init.zeros_(classifier.weight)
+                nn.init.zeros_(classifier.bias)
 
     def forward(
         self, tokens: Tokens, size: tuple[int, int] | None = None, sizes: Int[Tensor, "b 2"] | None = None

@@ -72,10 +72,11 @@ class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch for a whole sample with probability `rate` (arXiv 1603.09382).
 
     Inside `rows_of(start, total)` the noise is drawn for all `total` samples of the global batch and the rows of this
-    part are taken, so that splitting a batch over processes or micro-batches changes nothing.
+    part are taken, so that splitting a batch over processes or micro-batches changes nothing. Where several views of
+    each sample come together, one view of all samples after the other, each has noise of its own.
     """
 
-    part: tuple[int, int] | None = None
+    part: tuple[int, int, int | None] | None = None
 
     def __init__(self, rate: float):
         super().__init__()
@@ -84,8 +85,9 @@ class DropPath(nn.Module):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         if self.rate == 0.0 or not self.training:
             return x
-        start, total = DropPath.part or (0, x.shape[0])
-        noise = torch.rand(total, device=x.device)[start : start + x.shape[0]]
+        start, total, rows = DropPath.part or (0, x.shape[0], None)
+        rows = rows or x.shape[0]
+        noise = torch.rand(x.shape[0] // rows, total, device=x.device)[:, start : start + rows].flatten()
         keep = (noise >= self.rate).to(x.dtype) / (1 - self.rate)
         return x * keep.view(-1, *[1] * (x.ndim - 1))
 
@@ -94,9 +96,12 @@ class DropPath(nn.Module):
 
 
 @contextmanager
-def rows_of(start: int, total: int) -> Generator[None]:
-    """Tells every `DropPath` that the batches inside are rows `start …` of a global batch of `total` samples."""
-    before, DropPath.part = DropPath.part, (start, total)
+def rows_of(start: int, total: int, rows: int | None = None) -> Generator[None]:
+    """Tells every `DropPath` that the batches inside are rows `start …` of a global batch of `total` samples.
+
+    `rows` says how many samples that are, where a batch may hold several views of each; None: as many as it has.
+    """
+    before, DropPath.part = DropPath.part, (start, total, rows)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from sightline.evaluation.accuracy import Accuracy
 from sightline.images.augment import Augment, Augmented
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network
-from sightline.objectives.supervised import Supervised
+from sightline.objectives.supervised import Supervised, SupervisedConfig
 from sightline.recipes.from_scratch import from_scratch
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.recipes.task import Task
@@ -47,13 +47,8 @@ class Classification(Task):
         return from_scratch(facts, model=model, minutes=minutes, pace=pace, **overrides)
 
     def objective(self, network: Network, settings: Settings) -> Supervised:
-        return Supervised(
-            network,
-            smoothing=settings.smoothing,
-            mixup=settings.mixup,
-            cutmix=settings.cutmix,
-            switch_prob=settings.switch_prob,
-        )
+        config = SupervisedConfig(settings.smoothing, settings.mixup, settings.cutmix, settings.switch_prob)
+        return Supervised(network, config)
 
     def noise(self, images: int, size: tuple[int, int]) -> Int[Tensor, " b"]:
         return torch.zeros(images, dtype=torch.int64)

@@ -219,7 +219,7 @@ class Loop:
         before = self.updater.micro_batch
         lr, self.doctor.chart.plan = self.settings.lr * rate(self.settings, progress), self.state.plan
         old = kernels(self.network) if self.world.first and self.doctor.measures(step) else None
-        update = self.updater(batch, step, lr)
+        update = self.updater(batch, step, lr, progress)
         if old is not None and update.finite:
             self.journal.record(step + 1, **self.doctor.measure(self.network, old, batch, lr))
         if self.updater.micro_batch != before:
@@ -283,7 +283,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Weighs the network to keep, notes the figures, and says whether patience is at an end."""
-        kept = self.average.network if self.average is not None else self.network
+        kept = self.average.network if self.average is not None else self.task.objective.kept
         self.state.metrics = self.task.evaluate(kept, self._heed)
         self.state.due = False
         gained = self.state.metrics[self.task.score] > self.state.best
@@ -338,7 +338,7 @@ class Loop:
         return passed
 
     def _outcome(self) -> Outcome:
-        kept = self.average.network if self.average is not None else self.network
+        kept = self.average.network if self.average is not None else self.task.objective.kept
         metrics = self.state.metrics
         if self.settings.patience is not None and (best := self.best.newest()) is not None:
             state, tensors, _ = best

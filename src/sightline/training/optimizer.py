@@ -33,6 +33,7 @@ def groups(objective: nn.Module, network: Network, settings: Settings) -> list[d
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if decayed else 0.0,
+            "decayed": decayed,
             "scale": settings.layer_decay ** (last - layer),
             "matrices": turned,
         }
@@ -51,7 +52,9 @@ def build(objective: nn.Module, network: Network, settings: Settings) -> torch.o
     return torch.optim.AdamW(parameters, lr=settings.lr, betas=(settings.momentum, settings.beta2), fused=fused)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group its share of the learning rate."""
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, decay: float | None = None) -> None:
+    """Gives every group its share of the learning rate and, where it is told, the weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
+        if decay is not None and group["decayed"]:
+            group["weight_decay"] = decay

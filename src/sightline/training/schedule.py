@@ -22,6 +22,12 @@ def rate(settings: Settings, progress: float) -> float:
     return 1.0
 
 
+def decay(settings: Settings, progress: float) -> float:
+    """The weight decay at `progress`, 0 to 1: along half a cosine to its value at the end, where there is one."""
+    start, end = settings.weight_decay, settings.weight_decay_end
+    return start if end is None else end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 UNMEASURED = 10**9
 """The steps of a run by the clock before its pace is known."""
 

@@ -25,8 +25,10 @@ class Settings:
     momentum: float = option(0.9, "momentum of SGD, first beta of AdamW")
     beta2: float = option(0.999, "second beta of AdamW")
     weight_decay: float = option(0.05, "weight decay of dense and convolution kernels")
+    weight_decay_end: float | None = option(None, "weight decay at the end, where a cosine leads; None leaves it")
     layer_decay: float = option(1.0, "factor of the learning rate per layer towards the input")
     clip_grad: float | None = option(1.0, "largest norm of the gradient")
+    clip_each: bool = option(False, "clip the gradient of each tensor alone, not of all together")
     sched: Literal["cosine", "linear", "inverse_sqrt", "constant"] = option("cosine", "fall of the learning rate")
     warmup: float = option(0.05, "share of the run in which the learning rate rises")
     min_lr: float = option(0.0, "learning rate at the end, as a share of its height")
@@ -58,7 +60,9 @@ class Settings:
             require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
         for name in ("min_lr", "switch_prob", "layer_decay", "refused_limit"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], not {getattr(self, name)}")
-        for name in ("epochs", "minutes", "lr", "weight_decay"):
+        decay = self.weight_decay_end
+        require(decay is None or decay >= 0, f"weight_decay_end must not be negative, and is {decay}")
+        for name in ("epochs", "minutes", "lr", "weight_decay", "weight_decay_end"):
             value = getattr(self, name)
             require(value is None or math.isfinite(value), f"{name} must be finite, not {value}")
         require(self.seed < 2**31, f"seed must be less than 2147483648, not {self.seed}")

@@ -13,6 +13,7 @@ from sightline.layers.encoder import rows_of
 from sightline.objectives.objective import Objective
 from sightline.training import optimizer as optimizers
 from sightline.training.distributed import World
+from sightline.training.schedule import decay
 from sightline.training.settings import Settings
 from sightline.types import Batch
 
@@ -48,28 +49,38 @@ class Updater:
             objective.network.compile()
         self.model = world.wrap(objective)
 
-    def __call__(self, batch: Batch, step: int, lr: float) -> Update:
+    def __call__(self, batch: Batch, step: int, lr: float, progress: float = 0.0) -> Update:
         """Moves the weights once by the gradient of the global batch, of which `batch` is this process's part.
 
-        Every sample weighs the same, however many of them each process has. The weights stay where the gradient is not
-        finite.
+        Every sample weighs the same, however many of them each process has. `progress` is the share of the run that is
+        done. The weights stay where the gradient is not finite.
         """
-        optimizers.set_rate(self.optimizer, lr)
-        loss, figures = self._gradient(batch, step)
+        optimizers.set_rate(self.optimizer, lr, decay(self.settings, progress))
+        loss, figures = self._gradient(batch, step, progress)
         self.scaler.unscale_(self.optimizer)
-        limit = self.settings.clip_grad or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.objective.parameters(), limit))
+        self.objective.after_backward()
+        norm = self._clip()
         if math.isfinite(norm) or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # skips by itself where a scaled gradient overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(loss, figures, norm)
 
-    def _gradient(self, batch: Batch, step: int) -> tuple[float, dict[str, float]]:
+    def _clip(self) -> float:
+        """Shortens the gradient to the length that is allowed, as a whole or tensor by tensor; its norm before."""
+        taught, limit = list(self.objective.parameters()), self.settings.clip_grad or math.inf
+        norm = float(nn.utils.clip_grad_norm_(taught, math.inf if self.settings.clip_each else limit))
+        if self.settings.clip_each and math.isfinite(norm):
+            for parameter in taught:
+                nn.utils.clip_grad_norm_(parameter, limit)
+        return norm
+
+    def _gradient(self, batch: Batch, step: int, progress: float) -> tuple[float, dict[str, float]]:
         """The gradient of the whole batch, in parts as large as memory allows; its loss and figures."""
         while True:
             size = min(self.micro_batch or len(batch.index), len(batch.index))
             size += size % 2  # pairs of neighbours are mixed with each other and stay together
+            self.objective.before_update(progress)
             try:
                 return self._summed(batch, step, size)
             except (RuntimeError, MemoryError) as fault:
@@ -104,7 +115,7 @@ class Updater:
             part = batch.part(begin, begin + size).to(self.world.device)
             share = len(part.index) / mine
             torch.manual_seed((self.settings.seed << 32) + step)
-            with rows_of(start + begin, whole), self._alone(begin + size < mine):
+            with rows_of(start + begin, whole, len(part.index)), self._alone(begin + size < mine):
                 with self._autocast():
                     result = self.model(part)
                 self.scaler.scale(result.loss * share * weight).backward()
