@@ -25,7 +25,7 @@ from kills import draw, ended  # the program beside this one
 
 from sightline.cli.main import main as command
 from sightline.datasets.loader import OrderedLoader
-from sightline.recipes import classify
+from sightline.recipes import task
 from sightline.reports.classes import ClassesReport as Report
 from sightline.training.journal import read
 from sightline.training.state import Store
@@ -128,7 +128,7 @@ def resumed(root: Path, words: tuple, out: Path, whole: Path) -> str:
 def signals(root: Path, table: Table, whole: Path) -> None:
     """SIGTERM and SIGINT at each place of a run, and a second one."""
     places = {
-        "SIGTERM while the data is looked at": (classify, "open_dataset", 0),
+        "SIGTERM while the data is looked at": (task, "open_dataset", 0),
         "SIGTERM in a step": (Updater, "__call__", 4),
         "SIGTERM in a save": (Store, "write", 2),
         "SIGTERM in an evaluation": (OrderedLoader, "__iter__", 0),

@@ -30,7 +30,7 @@ from PIL import Image
 import sightline
 from sightline.checkpoints.sealed import SEAL
 from sightline.cli.main import main as command
-from sightline.recipes import classify  # noqa: F401  (imported here, so that no forked process has to)
+from sightline.recipes import train  # noqa: F401  (imported here, so that no forked process has to)
 
 SMALL = ("--embed-dim", 32, "--depth", 3, "--num-heads", 2, "--drop-path-rate", 0.2, "--save-seconds", 0.2)
 SMALL += ("--lr", 0.003, "--threads", 1, "--horizontal-flip", 0, "--vertical-flip", 0)

@@ -17,12 +17,14 @@ from sightline.recipes.from_scratch import SIZES, from_scratch, resolution
 from sightline.recipes.mirroring import mirroring
 from sightline.recipes.pace import measure, micro_batch
 from sightline.recipes.recipe import Facts, Recipe, facts
+from sightline.recipes.task import task_of
 from sightline.tokenizers.convolution import ConvolutionalStem
 from sightline.training.distributed import World
 from sightline.training.muon import MATRIX_MOMENTUM, RATIO, Muon, orthogonal
 from sightline.training.optimizer import build
 from sightline.training.settings import Settings
 
+CLASSES = task_of("classify")
 ALONE = World(0, 1, torch.device("cpu"))
 NOTHING = dict.fromkeys(("model", "weights", "recipe", "resize")) | {"network": {}, "settings": {}, "augment": {}}
 
@@ -114,19 +116,19 @@ class TestChoice:
 
     def test_a_run_without_a_clock_does_not_depend_on_the_machine(self) -> None:
         images = hooks(24)
-        first, second = (autopilot(images, ALONE, **NOTHING)[0] for _ in range(2))
+        first, second = (autopilot(CLASSES, images, ALONE, **NOTHING)[0] for _ in range(2))
         assert first == second
 
     def test_the_user_has_the_last_word(self) -> None:
         said = {"settings": {"lr": 0.5, "batch_size": 6, "micro_batch": 4}, "augment": {"horizontal_flip": 1.0}}
-        chosen, network, remarks = autopilot(hooks(24), ALONE, **NOTHING | said | {"network": {"depth": 1}})
+        chosen, network, remarks = autopilot(CLASSES, hooks(24), ALONE, **NOTHING | said | {"network": {"depth": 1}})
         assert (chosen.settings.lr, chosen.settings.batch_size, chosen.settings.micro_batch) == (0.5, 6, 4)
         assert chosen.augment.horizontal_flip == 1.0
         assert network.backbone.depth == 1
         assert "an update takes about" in remarks[0]
 
     def test_images_of_unlike_sizes_get_plain_patches(self) -> None:
-        chosen = autopilot(hooks(24), ALONE, **NOTHING | {"resize": "native"})[0]
+        chosen = autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"resize": "native"})[0]
         assert chosen.architecture.backbone.tokenizer == "patch"
 
 

@@ -315,11 +315,11 @@ def test_killed_at_every_call_of_a_save(tmp_path):
 
 
 def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    from sightline.recipes import classify
+    from sightline.recipes import train as running
 
     settings = QUICK | {"epochs": 3, "ema": 0.9}
     train("builtin:digits", out=tmp_path / "plain", **settings)
-    plain, seen = classify.accuracy, []
+    plain, seen = running.weigh, []
 
     def interrupted(network, batches, *words, heed, **names):
         def stopping():
@@ -331,12 +331,12 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_to_the_same_bits(
 
         return plain(network, stopping(), *words, heed=heed, **names)
 
-    monkeypatch.setattr(classify, "accuracy", interrupted)
+    monkeypatch.setattr(running, "weigh", interrupted)
     with pytest.raises(Interrupted) as stop:
         train("builtin:digits", out=tmp_path / "run", **settings)
     assert stop.value.status == 143
     assert seen[-1] == 1
-    monkeypatch.setattr(classify, "accuracy", plain)
+    monkeypatch.setattr(running, "weigh", plain)
     assert Store(tmp_path / "run" / "checkpoints").newest()[0].due
     train("builtin:digits", out=tmp_path / "run", resume=True)
     for name in ("metrics.jsonl", "model.safetensors"):
@@ -344,12 +344,12 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_to_the_same_bits(
 
 
 def test_a_signal_while_the_report_is_written_loses_nothing(tmp_path, monkeypatch):
-    from sightline.recipes import classify
+    from sightline.recipes import train as running
 
     def stopped(*words):
         raise KeyboardInterrupt(signal.SIGTERM)  # as the command's own handler does
 
-    monkeypatch.setattr(classify, "write_model", stopped)
+    monkeypatch.setattr(running, "write_model", stopped)
     with pytest.raises(Interrupted, match="everything so far is saved") as stop:
         train("builtin:digits", out=tmp_path / "run", **QUICK)
     assert stop.value.status == 143
