@@ -47,8 +47,8 @@ import sightline.images.decode as reader
 from sightline.checkpoints import convert as _convert  # noqa: F401  (whatever a child needs is there before it forks)
 from sightline.cli.main import main
 from sightline.recipes import check as _check  # noqa: F401
-from sightline.recipes import train as _train  # noqa: F401
 from sightline.recipes import evaluate as _evaluate  # noqa: F401
+from sightline.recipes import train as _train  # noqa: F401
 
 FAMILIES = ("image", "fs", "archive", "dataset", "ckpt", "config")
 CANARY = "BADINPUT_CANARY_"
