@@ -40,7 +40,7 @@ def teach(kind: str, minutes: float, seed: int, out: Path) -> dict[str, Any]:
         "steps": record["steps"],
         "top1": trained.metrics["top1"],
         "worst": max(losses) / losses[0] if all(map(math.isfinite, losses)) else math.inf,
-        "findings": [finding.name for finding in trained.findings],
+        "findings": [finding.kind for finding in trained.findings],
     }
 
 
