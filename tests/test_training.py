@@ -124,6 +124,20 @@ def test_optimizers_take_the_rate_of_their_group(name):
     assert {group["lr"] for group in optimizer.param_groups} == {0.1, 0.05, 0.025}
 
 
+def test_decay_of_sgd_does_not_go_through_its_momentum():
+    network = create_model("vit_tiny_patch16_224", 1, image_size=16, depth=1, embed_dim=2, num_heads=1)
+    optimizer = build(network, network, Settings(optimizer="sgd", lr=0.5, momentum=0.5, weight_decay=0.2))
+    kernel, bias = network.head.classifier.weight, network.head.classifier.bias
+    nn.init.constant_(kernel, 10.0)
+    nn.init.constant_(bias, 10.0)
+    for gradient in (1.0, 3.0):
+        kernel.grad, bias.grad = torch.full_like(kernel, gradient), torch.full_like(bias, gradient)
+        optimizer.step()
+    # 10 · 0.9 - 0.5 · 1 = 8.5, then 8.5 · 0.9 - 0.5 · (0.5 · 1 + 3)
+    assert kernel.flatten().tolist() == pytest.approx([5.9, 5.9])
+    assert bias.item() == pytest.approx(10 - 0.5 - 0.5 * 3.5)
+
+
 def test_the_average_of_weights_by_hand():
     network = create_model("vit_tiny_patch16_224", 1, image_size=16, depth=1, embed_dim=2, num_heads=1)
     nn.init.constant_(network.head.classifier.bias, 1.0)

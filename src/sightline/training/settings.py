@@ -24,7 +24,7 @@ class Settings:
     lr: float = option(1e-3, "learning rate at its height")
     momentum: float = option(0.9, "momentum of SGD, first beta of AdamW")
     beta2: float = option(0.999, "second beta of AdamW")
-    weight_decay: float = option(0.05, "weight decay of dense and convolution kernels")
+    weight_decay: float = option(0.05, "decoupled weight decay of dense and convolution kernels, with every optimizer")
     weight_decay_end: float | None = option(None, "weight decay at the end, where a cosine leads; None leaves it")
     layer_decay: float = option(1.0, "factor of the learning rate per layer towards the input")
     clip_grad: float | None = option(1.0, "largest norm of the gradient")
