@@ -8,10 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BeitConfig, BeitForMaskedImageModeling
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+)
 
 from parity import spread
 from parity.beit import unilm_resize
+from sightline.checkpoints.convert import convert
 from sightline.checkpoints.load import load_bundle
 from sightline.errors import UserError
 from sightline.layers.attention import Attention
@@ -158,3 +167,32 @@ def test_a_pre_trained_network_is_read_without_its_last_layer(tmp_path: Path, la
 def test_stretching_that_belongs_to_relative_positions_is_refused_elsewhere() -> None:
     with pytest.raises(UserError, match="position_resample 'geometric' is not one of"):
         create_model("vit_tiny_patch16_224", position_resample="geometric")
+
+
+OBLONG = [
+    (BeitForImageClassification, BeitConfig, {"use_relative_position_bias": True, "intermediate_size": 40}, [32, 56]),
+    (BeitForImageClassification, BeitConfig, {"use_shared_relative_position_bias": True}, [40, 24]),
+    (Dinov2ForImageClassification, Dinov2Config, {}, [72, 32]),
+    (Dinov2WithRegistersForImageClassification, Dinov2WithRegistersConfig, {}, [16, 64]),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "settings", "size"), OBLONG)
+def test_a_table_that_transformers_takes_for_another_grid_s_is_kept_as_it_is(kind, config, settings, size, tmp_path):
+    model = spread(kind(config(**{**LITTLE_HUB, "image_size": size}, **settings)))
+    model.save_pretrained(tmp_path / "in")
+    bundle = load_bundle(tmp_path / "in")
+    assert convert(bundle, "transformers", tmp_path / "out").parity <= 1e-5
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    larger = (size[0] + 16, size[1] + 8)
+    pixels = pixels_of(larger)
+    with torch.no_grad():
+        ours = load_bundle(tmp_path / "in", image_size=larger).network(pixels)
+        torch.testing.assert_close(ours, model(pixels).logits, atol=1e-5, rtol=1e-5)
+    network = bundle.network
+    exported = torch.export.export(network, (pixels_of(tuple(size)),)).module()
+    torch.testing.assert_close(exported(pixels_of(tuple(size))), network(pixels_of(tuple(size))), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"position_grid|unequal|only"):
+        convert(bundle, "timm", tmp_path / "timm")

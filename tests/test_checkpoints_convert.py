@@ -144,6 +144,14 @@ def test_transformers_pipeline_opens_the_result(tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "out").labels == LABELS
 
 
+def test_classes_without_names_are_called_by_their_numbers_there_too(tmp_path: Path) -> None:
+    made = network()
+    write_model(tmp_path / "model", made, Preprocess((24, 40), resize="squash"), [str(i) for i in range(7)])
+    convert(tmp_path / "model", "transformers", tmp_path / "out")
+    labels = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label
+    assert tuple(labels.values()) == load_bundle(tmp_path / "out").labels == tuple("0123456")
+
+
 def test_labels_and_pixels_survive_timm(tmp_path: Path) -> None:
     started = bundle(tmp_path, image_size=(32, 32))
     convert(started, "timm", tmp_path / "out")

@@ -1,9 +1,13 @@
 """DeiT: the second token and its classifier."""
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from parity import spread
+from sightline.checkpoints.load import load_bundle
 from sightline.errors import UserError
 from sightline.network import Network, create_model
 from sightline.types import Tokens
@@ -60,3 +64,29 @@ def test_deit_iii_keeps_its_class_token_out_of_the_table():
 def test_what_does_not_go_together_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
         distilled(**settings)
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+def test_a_bare_file_with_or_without_a_row_for_the_class_token(name, size, tmp_path):
+    shape = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    model = spread(timm.create_model(name, num_classes=5, img_size=size, **shape))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    told = {} if size[0] == size[1] else {"img_size": list(size)}
+    pixels = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        ours = load_bundle(tmp_path / "model.safetensors", architecture=name, **told, **shape).network(pixels)
+        torch.testing.assert_close(ours, model(pixels), atol=1e-5, rtol=1e-5)
+    if not told:
+        model.set_input_size((24, 56))
+        pixels = torch.randn(2, 3, 24, 56)
+        options = {"architecture": name, "image_size": (24, 56), **shape}
+        with torch.no_grad():
+            ours = load_bundle(tmp_path / "model.safetensors", **options).network(pixels)
+            torch.testing.assert_close(ours, model(pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_the_image_size_has_two_names_and_one_value(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="one setting"):
+        load_bundle(tmp_path / "model.safetensors", image_size=32, img_size=48)

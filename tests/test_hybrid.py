@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from parity.hybrid import SMALL as THEIRS
 from parity.hybrid import drawn, golden, with_stages
 from sightline.checkpoints.hybrid import LAYOUTS
+from sightline.checkpoints.load import load_bundle
 from sightline.checkpoints.measure import Facts, stored_architecture
 from sightline.checkpoints.rules import Found, load, save
 from sightline.checkpoints.scheme import Request
@@ -183,3 +185,18 @@ def test_what_timm_cannot_express_is_refused():
     assert any("epsilons" in phrase for phrase in layout.refusals(other, parts.head))
     uneven = replace(parts.backbone, patch_size=(3, 3))
     assert any("feature map" in phrase for phrase in layout.refusals(uneven, parts.head))
+
+
+def test_old_files_have_norms_of_four_axes(tmp_path):
+    made = golden(tmp_path)
+    with np.load(made.path) as file:
+        arrays = {name: file[name] for name in file.files}
+    old = {n: a.reshape(1, 1, 1, -1) if "gn" in n else a for n, a in arrays.items()}
+    assert sum(array.ndim == 4 and array.shape[0] == 1 for array in old.values()) > 4
+    np.savez(made.path, **old)
+    with torch.no_grad():
+        answer = load_bundle(made.path).network(made.pixels)
+    assert (answer - made.expected).abs().max() <= 1e-5 * made.expected.abs().max()
+    np.savez(made.path, **{**old, "gn_root/scale": old["gn_root/scale"].reshape(1, 1, 2, -1)})
+    with pytest.raises(UserError, match="gn_root/scale"):
+        load_bundle(made.path)

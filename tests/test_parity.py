@@ -6,6 +6,8 @@ python tests/test_parity.py        prints the table: kind × source × view, the
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from sightline.checkpoints.files import read_tensors
 from sightline.checkpoints.load import load_bundle
 from sightline.checkpoints.scheme import Bundle
 from sightline.errors import UserError
+from sightline.layers.windows import APART, Windows
 from sightline.registry import layouts, table
 
 pytestmark = [  # what timm's own stretching of BEiT's tables says
@@ -169,12 +172,44 @@ def sabotage(bundle: Bundle, pixels: Tensor, expected: Tensor) -> dict[str, floa
     network = bundle.network
     if pixels.shape[2] == pixels.shape[3]:
         found["axes swapped"] = apart(answer(bundle, pixels.transpose(2, 3).contiguous()), expected)
+    weight = next(p for p in network.parameters() if p.ndim > 1 and p.shape[-1] == p.shape[-2] > 1)
+    with swapped(weight):
+        found["one weight"] = apart(answer(bundle, pixels), expected)
+    with flipped_mask() as masks:
+        error = apart(answer(bundle, pixels), expected)
+    if masks:
+        found["one mask"] = error
     for module in network.modules():
         if isinstance(getattr(module, "eps", None), float):
             before, module.eps = module.eps, module.eps + 1e-3
             found["one eps"] = max(found.get("one eps", 0.0), apart(answer(bundle, pixels), expected))
             module.eps = before
     return found
+
+
+@contextmanager
+def swapped(weight: Tensor) -> Iterator[None]:
+    """A weight with its last two axes exchanged."""
+    weight.data = weight.data.mT.contiguous()
+    yield
+    weight.data = weight.data.mT.contiguous()
+
+
+@contextmanager
+def flipped_mask() -> Iterator[list[Tensor]]:
+    """The first mask of windows that is asked for allows what it forbids, and forbids the rest; gives it."""
+    plain, seen = Windows.mask, []
+
+    def mask(self: Windows, device: torch.device) -> Tensor | None:
+        right = plain(self, device)
+        if right is None or seen:
+            return right
+        seen.append(right)
+        return torch.where(right < 0, torch.zeros(()), APART)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Windows, "mask", mask)
+        yield seen
 
 
 def test_every_layout_has_its_cases() -> None:

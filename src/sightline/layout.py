@@ -66,10 +66,14 @@ def _parted(count: int) -> Convert:
 
 
 class Shapes(Mapping[str, tuple[int, ...]]):
-    """The shapes of the tensors in a file, by the names that rules use. `named` gives a name as it stands on disk."""
+    """The shapes of the tensors in a file, by the names that rules use. `named` gives a name as it stands on disk.
+
+    `consulted` has the names whose shapes settings were read from.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], where: str, named: Callable[[str], str] = "'{}'".format):
         self.shapes, self.where, self.named = shapes, where, named
+        self.consulted: dict[str, None] = {}  # in order
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
@@ -82,6 +86,7 @@ class Shapes(Mapping[str, tuple[int, ...]]):
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
         """The shape of a tensor that has to be there. Raises UserError where it is missing or has other axes."""
+        self.consulted[name] = None
         if name not in self.shapes:
             raise UserError(f"{self.where}: tensor {self.named(name)} is missing")
         if len(self.shapes[name]) != axes:

@@ -79,7 +79,7 @@ CASES = [
         "beit_shared", "timm/beit", NAME, given=_ONE_TABLE, use_rel_pos_bias=False, use_shared_rel_pos_bias=True
     ),
     *(Case("beit", "original", view, "original/beit", _original(view)) for view in VIEWS),
-    *hub_cases("beit", _HUB, BeitForImageClassification, BeitConfig, _logits, square=True, **_UNITS, **_OWN),
-    *hub_cases("beit_features", _HUB, BeitModel, BeitConfig, _pooled, square=True, **_UNITS, **_OWN),
-    *hub_cases("beit_shared", _HUB, BeitModel, BeitConfig, _pooled, square=True, **_UNITS, **_SHARED, **_TOKEN),
+    *hub_cases("beit", _HUB, BeitForImageClassification, BeitConfig, _logits, **_UNITS, **_OWN),
+    *hub_cases("beit_features", _HUB, BeitModel, BeitConfig, _pooled, **_UNITS, **_OWN),
+    *hub_cases("beit_shared", _HUB, BeitModel, BeitConfig, _pooled, **_UNITS, **_SHARED, **_TOKEN),
 ]

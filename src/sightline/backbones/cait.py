@@ -335,7 +335,7 @@ class TimmCaiT(TimmLayout):
             "depth_token_only": shapes.count(r"blocks_token_only\.(\d+)\."),
             "mlp_ratio": _ratio(shapes.of("blocks.0.mlp.fc1.weight", 2)[0], width),
             "mlp_ratio_token_only": _ratio(shapes.of("blocks_token_only.0.mlp.fc1.weight", 2)[0], width),
-            "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+            "qkv_bias": shapes.count(r"blocks\.(\d+)\.attn\.qkv\.bias") > 0,
             "num_classes": shapes.outputs("head.bias"),
             "patches": shapes.of("pos_embed", 3)[1],
         }

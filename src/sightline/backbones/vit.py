@@ -47,7 +47,8 @@ class ViTConfig:
     `reg_tokens` registers (arXiv 2309.16588). The first two have a row in the table of positions unless
     `class_position` is off (timm's `no_embed_class`); registers have none. `positions="relative"` has a table for
     every layer, "relative_shared" one for all. `position_resample` is a key of `RESAMPLERS`, and for relative
-    positions of `RELATIVE_RESAMPLERS`. `mask_token` keeps a learned token for patches that are hidden.
+    positions of `RELATIVE_RESAMPLERS`; tables for another grid than the image's, which `position_grid` then names as
+    (rows, columns), are stretched each time. `mask_token` keeps a learned token for patches that are hidden.
 
     Rates of dropout and stochastic depth lie in [0, 1). Raises UserError for values out of range.
     """
@@ -79,6 +80,7 @@ class ViTConfig:
     class_position: bool = True
     positions: Literal["learned", "sincos2d", "sincos1d", "relative", "relative_shared", "none"] = "learned"
     position_resample: str = "bicubic_antialias"
+    position_grid: tuple[int, int] | None = None
     final_norm: bool = True
     pos_drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
@@ -89,6 +91,7 @@ class ViTConfig:
         for name in ("image_size", "in_chans", "patch_size", "embed_dim", "depth", "num_heads"):
             value = getattr(self, name)
             require(min(value if isinstance(value, tuple) else (value,)) > 0, f"{name} must be positive, not {value}")
+        require(min(self.position_grid or (1,)) > 0, f"position_grid must be positive, not {self.position_grid}")
         require(
             self.embed_dim % self.num_heads == 0,
             f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}",
@@ -208,9 +211,10 @@ class ViT(Backbone):
             f"patches of {config.patch_size[0]}×{config.patch_size[1]} pixels do not fit into an image of "
             f"{config.image_size[0]}×{config.image_size[1]}",
         )
-        self.place = Place(config, grid)
+        placed = self.table_grid
+        self.place = Place(config, placed)
         self.relative = nn.ModuleList(
-            RelativePositions(config.num_heads, grid, prefix=config.prefix, resample=config.position_resample)
+            RelativePositions(config.num_heads, placed, prefix=config.prefix, resample=config.position_resample)
             for _ in range(_tables(config))
         )
         self.pre_norm = nn.LayerNorm(self.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
@@ -242,6 +246,11 @@ class ViT(Backbone):
     def grid(self) -> Grid:
         """Rows and columns of patches at the image size it was made for."""
         return self.tokenizer.grid(self.config.image_size)
+
+    @property
+    def table_grid(self) -> Grid:
+        """Rows and columns of the patches that its tables of positions are for."""
+        return self.config.position_grid or self.grid
 
     @property
     def local(self) -> bool:
@@ -321,7 +330,7 @@ class ViT(Backbone):
     def resample(self, state: Mapping[str, Tensor], other: Backbone) -> dict[str, tuple[Tensor, str]]:
         """Positions, stretched from the grid of `other` to this one by the method of their source."""
         assert isinstance(other, ViT)
-        old, new, method = other.grid, self.grid, other.config.position_resample
+        old, new, method = other.table_grid, self.table_grid, other.config.position_resample
         if old == new:
             return {}
         relative = {name: table for name, table in state.items() if name.startswith("relative.")}
@@ -333,7 +342,8 @@ class ViT(Backbone):
 
     @classmethod
     def tokens(cls, config: ViTConfig) -> int:
-        return config.prefix + math.prod(_tokenizer(config).grid(config.image_size))
+        grids = (_tokenizer(config).grid(config.image_size), config.position_grid or (0, 0))
+        return config.prefix + max(map(math.prod, grids))
 
     @classmethod
     def computed(cls, config: ViTConfig) -> int:

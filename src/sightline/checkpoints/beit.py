@@ -26,6 +26,17 @@ def _patches(rows: int, kernel: tuple[int, ...], image_size: tuple[int, int] | N
     return {"patches": fitting[0][0] * fitting[0][1]} if fitting else {}
 
 
+def _biased(shapes: Shapes) -> bool:
+    """Whether queries have a bias apart, in any layer."""
+    return shapes.count(r"blocks\.(\d+)\.attn\.q_bias") > 0
+
+
+def _read_as(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid that transformers takes a table to be for, which is columns by rows; None for squares."""
+    rows, columns = (side // patch for side, patch in zip(image_size, patch_size, strict=True))
+    return (columns, rows) if rows != columns else None
+
+
 def _refusals(backbone: Any, head: Any) -> list[str]:
     refused = []
     if backbone.positions not in ("relative", "relative_shared", "none"):
@@ -43,14 +54,14 @@ class OriginalBeit(OriginalViT):
     dropped = r".*relative_position_index|lm_head\..*"
 
     def recognises(self, shapes: Shapes) -> bool:
-        biased = "blocks.0.attn.q_bias" in shapes
+        biased = _biased(shapes)
         return biased and ("mask_token" in shapes or any(name.endswith("relative_position_index") for name in shapes))
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
         shared, each = f"rel_pos_bias.{_TABLE}" in shapes, shapes.count(rf"blocks\.(\d+)\.attn\.{_TABLE}") > 0
         pooled = "fc_norm.weight" in shapes
         settings = super().measure(shapes, image_size) | {
-            "qkv_bias": "blocks.0.attn.q_bias" in shapes,
+            "qkv_bias": _biased(shapes),
             "init_values": 0.1 if shapes.count(r"blocks\.(\d+)\.gamma_1") else None,
             "mask_token": "mask_token" in shapes,
             "positions": "relative" if each else "relative_shared" if shared else "none",
@@ -110,7 +121,7 @@ class TimmBeit(OriginalBeit, TimmLayout):
     }
 
     def recognises(self, shapes: Shapes) -> bool:
-        return "blocks.0.attn.q_bias" in shapes and not super().recognises(shapes)
+        return _biased(shapes) and not super().recognises(shapes)
 
     def told(self, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
         # The scale of a new classifier is passed over: the weights are there.
@@ -158,7 +169,7 @@ class TransformersBeit(TransformersKind):
     headless = also
     former: ClassVar[Mapping[str, str]] = {r"^\?layernorm\.": "layernorm."}  # beside the base model in that class
     dropped = r".*relative_position_index|lm_head\..*"
-    wanted: ClassVar[Mapping[str, Any]] = _WANTED
+    wanted: ClassVar[Mapping[str, Any]] = {name: only for name, only in _WANTED.items() if name != "position_grid"}
     resample = "bilinear"
     defaults: ClassVar[Mapping[str, Any]] = {
         **{name: value for name, value in TransformersKind.defaults.items() if name != "qkv_bias"},
@@ -175,6 +186,7 @@ class TransformersBeit(TransformersKind):
         *("auxiliary_num_convs", "auxiliary_concat_input", "semantic_loss_ignore_index", "out_features", "out_indices"),
         *("stage_names", "add_fpn", "reshape_hidden_states"),
     )
+    _scale = r"encoder\.layer\.(\d+)\.lambda_1"
     _shared = f"encoder.relative_position_bias.{_TABLE}"
 
     def recognises(self, shapes: Shapes) -> bool:
@@ -182,7 +194,7 @@ class TransformersBeit(TransformersKind):
         return (
             f"{first}.query.weight" in shapes
             and f"{first}.key.bias" not in shapes
-            and (f"{first}.query.bias" in shapes or "encoder.layer.0.lambda_1" in shapes)
+            and (f"{first}.query.bias" in shapes or shapes.count(self._scale) > 0)
         )
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
@@ -190,7 +202,7 @@ class TransformersBeit(TransformersKind):
         tables = [name for name in kinds if name in shapes]
         pooled = "pooler.layernorm.weight" in shapes
         settings = super().measure(shapes, image_size) | {
-            "init_values": 0.1 if "encoder.layer.0.lambda_1" in shapes else None,
+            "init_values": 0.1 if shapes.count(self._scale) else None,
             "mask_token": "embeddings.mask_token" in shapes,
             "positions": kinds[tables[0]] if tables else "none",
             "final_norm": "layernorm.weight" in shapes,
@@ -207,14 +219,12 @@ class TransformersBeit(TransformersKind):
             raise UserError(
                 f"{where}: two kinds of positions at once have no counterpart here, or absolute ones in BEiT"
             )
-        rows, columns = (side // patch for side, patch in zip(told["image_size"], told["patch_size"], strict=True))
-        if rows != columns and (own or shared):
-            raise UserError(f"{where}: transformers takes rows for columns in a table of {rows}×{columns} patches")
         pooled = config["use_mean_pooling"] and "classifier.weight" in shapes
         return told | {
             "positions": "relative_shared" if shared else "relative" if own else "none",
             "init_values": config["layer_scale_init_value"] or None,
             "mask_token": config["use_mask_token"],
+            "position_grid": _read_as(told["image_size"], told["patch_size"]) if own or shared else None,
             **({"final_norm": False, "fc_norm": True, "global_pool": "avg"} if pooled else {}),
         }
 
@@ -248,8 +258,11 @@ class TransformersBeit(TransformersKind):
             refused.append(f"global_pool={head.global_pool!r} with fc_norm={head.fc_norm} (only {wanted!r})")
         if not backbone.qkv_bias:
             refused.append("qkv_bias=False (only True)")
-        if len(set(backbone.patch_size)) > 1 or backbone.image_size[0] != backbone.image_size[1]:
-            refused.append("images or patches of unequal sides (transformers takes rows for columns)")
+        sizes = backbone.image_size, backbone.patch_size
+        if len(set(backbone.patch_size)) > 1:
+            refused.append(f"patches of unequal sides, {backbone.patch_size}")
+        elif backbone.positions != "none" and backbone.position_grid != _read_as(*sizes):
+            refused.append("a grid of unequal sides (transformers takes rows for columns in its tables)")
         return refused
 
     def config(self, backbone: Any, head: Any) -> dict[str, Any]:

@@ -197,7 +197,9 @@ class TransformersBiT(_BiT, TransformersLayout):
         only(config, shapes.where, **{name: self.defaults[name] for name in (*fixed, "output_stride", "width_factor")})
         sizes, depths = (whole(config, name, shapes.where) for name in ("hidden_sizes", "depths"))
         measured = self.measure(shapes, None)
-        plain = sizes == tuple(channels * measured["width_factor"] for channels in measured["channels"])
+        factor = measured["width_factor"]
+        plain = sizes == tuple(channels * factor for channels in measured["channels"])
+        plain = plain and config["embedding_size"] == measured["stem_chs"] * factor
         named = ("channels", "stem_chs", "width_factor")
         widths = {"channels": sizes, "stem_chs": config["embedding_size"], "width_factor": 1}
         return {

@@ -1,17 +1,19 @@
 """DINOv2, with registers and without, in the original repository and in transformers; timm's is a plain ViT."""
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sightline.checkpoints.vit_kinds import PLAIN, OriginalViT, TransformersKind
-from sightline.errors import UserError
 from sightline.layout import Rule, Shapes, one, same
 
 _FREE = ("mlp", "init_values", "reg_tokens", "mask_token", "global_pool")
 _WANTED = {name: value for name, value in PLAIN.items() if name not in _FREE}
+_SCALE = r"encoder\.layer\.(\d+)\.layer_scale1\.lambda1"
+_OWN_GRID = {name: only for name, only in _WANTED.items() if name != "position_grid"}
 _MASK_TOKEN, _REGISTERS = "backbone.place.mask_token", "backbone.place.register_tokens"
 
 
@@ -32,7 +34,7 @@ class OriginalDinov2(OriginalViT):
     former: ClassVar[Mapping[str, str]] = {r"^backbone\.": "", r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."}
 
     def recognises(self, shapes: Shapes) -> bool:
-        return "mask_token" in shapes and "blocks.0.ls1.gamma" in shapes
+        return "mask_token" in shapes and shapes.count(r"blocks\.(\d+)\.ls1\.gamma") > 0
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
         registers = shapes.of("register_tokens", 3)[1] if "register_tokens" in shapes else 0
@@ -42,7 +44,7 @@ class OriginalDinov2(OriginalViT):
         return settings | {"reg_tokens": registers} | ({"position_resample": "bicubic_antialias"} if registers else {})
 
     def hidden(self, shapes: Shapes) -> str:
-        return "w12" if "blocks.0.mlp.w12.bias" in shapes else "fc1"
+        return "w12" if shapes.count(r"blocks\.(\d+)\.mlp\.w12\.bias") else "fc1"
 
     def place(self, backbone: Any) -> list[Rule]:
         rules = [*super().place(backbone), Rule((_MASK_TOKEN,), ("mask_token",), _outer, _inner)]
@@ -71,7 +73,7 @@ class TransformersDinov2(TransformersKind):
     base = "dinov2"
     with_head = "Dinov2ForImageClassification"
     bare = "Dinov2Model"
-    wanted: ClassVar[Mapping[str, Any]] = {**_WANTED, "reg_tokens": 0}
+    wanted: ClassVar[Mapping[str, Any]] = {**_OWN_GRID, "reg_tokens": 0}
     defaults: ClassVar[Mapping[str, Any]] = {
         **{name: value for name, value in TransformersKind.defaults.items() if name != "intermediate_size"},
         "mlp_ratio": 4,
@@ -85,7 +87,7 @@ class TransformersDinov2(TransformersKind):
     ignored = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
 
     def recognises(self, shapes: Shapes) -> bool:
-        return "encoder.layer.0.layer_scale1.lambda1" in shapes and "embeddings.register_tokens" not in shapes
+        return shapes.count(_SCALE) > 0 and "embeddings.register_tokens" not in shapes
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
         settings = super().measure(shapes, image_size)
@@ -98,17 +100,15 @@ class TransformersDinov2(TransformersKind):
         }
 
     def hidden(self, shapes: Shapes) -> str:
-        return "mlp.weights_in" if "encoder.layer.0.mlp.weights_in.bias" in shapes else "mlp.fc1"
+        return "mlp.weights_in" if any("mlp.weights_in.bias" in name for name in shapes) else "mlp.fc1"
 
     def told(self, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         told = super().told(config, shapes)
-        rows, columns = (side // patch for side, patch in zip(told["image_size"], told["patch_size"], strict=True))
-        if rows != columns:
-            raise UserError(f"{shapes.where}: transformers takes a grid of {rows}×{columns} patches for a square")
         return told | {
             "mlp": "swiglu" if config["use_swiglu_ffn"] else "mlp",
             "mlp_dim": _units(config["hidden_size"], config["mlp_ratio"], config["use_swiglu_ffn"]),
             "init_values": float(config["layerscale_value"]),
+            "position_grid": _read_as(told["image_size"], told["patch_size"])[0],
         }
 
     def place(self, backbone: Any) -> list[Rule]:
@@ -135,8 +135,9 @@ class TransformersDinov2(TransformersKind):
             refused.append(f"global_pool={head.global_pool!r} with {head.num_classes} classes (only {wanted!r})")
         if _ratio(backbone) is None:
             refused.append(f"{backbone.hidden} hidden units for a width of {backbone.embed_dim} (mlp_ratio is whole)")
-        rows, columns = (s // p for s, p in zip(backbone.image_size, backbone.patch_size, strict=True))
-        return refused + ([f"a grid of {rows}×{columns} patches (only square ones)"] if rows != columns else [])
+        square, computed = _read_as(backbone.image_size, backbone.patch_size)
+        as_there = computed and backbone.position_grid == square
+        return refused + ([] if as_there else ["a grid of unequal sides (transformers takes its table for a square's)"])
 
     def config(self, backbone: Any, head: Any) -> dict[str, Any]:
         config = super().config(backbone, head) | {
@@ -157,7 +158,7 @@ class TransformersDinov2Registers(TransformersDinov2):
     base = "dinov2_with_registers"
     with_head = "Dinov2WithRegistersForImageClassification"
     bare = "Dinov2WithRegistersModel"
-    wanted: ClassVar[Mapping[str, Any]] = _WANTED
+    wanted: ClassVar[Mapping[str, Any]] = _OWN_GRID
     resample = "bicubic_antialias"
     defaults: ClassVar[Mapping[str, Any]] = {
         **{name: value for name, value in TransformersDinov2.defaults.items() if name != "use_mask_token"},
@@ -166,7 +167,7 @@ class TransformersDinov2Registers(TransformersDinov2):
     }
 
     def recognises(self, shapes: Shapes) -> bool:
-        return "encoder.layer.0.layer_scale1.lambda1" in shapes and "embeddings.register_tokens" in shapes
+        return shapes.count(_SCALE) > 0 and "embeddings.register_tokens" in shapes
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
         registers = shapes.of("embeddings.register_tokens", 3)[1]
@@ -186,6 +187,15 @@ class TransformersDinov2Registers(TransformersDinov2):
 
     def config(self, backbone: Any, head: Any) -> dict[str, Any]:
         return super().config(backbone, head) | {"num_register_tokens": backbone.reg_tokens}
+
+
+def _read_as(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[tuple[int, int] | None, bool]:
+    """The square that transformers takes a table of unequal sides for, and whether it can: of 2×3 there is none."""
+    rows, columns = (side // patch for side, patch in zip(image_size, patch_size, strict=True))
+    side = isqrt(rows * columns)
+    if rows == columns:
+        return None, True
+    return ((side, side), True) if side * side == rows * columns else (None, False)
 
 
 def _units(width: int, ratio: float, gated: bool) -> int:

@@ -28,7 +28,7 @@ class Google(Library):
     """What is put before every name that is written."""
 
     def clean(self, stored: Stored) -> Found:
-        return _unstacked(_unprefixed(stored))
+        return _flattened(_unstacked(_unprefixed(stored)))
 
     def recognises(self, stored: Stored) -> bool:
         return stored.contents.kind == "npz" and super().recognises(stored)
@@ -92,6 +92,16 @@ def _unstacked(found: Found) -> Found:
             own = f"Transformer/encoderblock_{i}/{name.removeprefix(stack)}"
             tensors[own], disk[own] = layer, f"{found.prefix}{name}[{i}]"
     return Found(found.where, tensors, found.prefix, disk, found.dropped)
+
+
+def _flattened(found: Found) -> Found:
+    """Norms of one axis, where old files have them as [1, 1, 1, channels]."""
+    flat = {
+        name: tensor.flatten()
+        for name, tensor in found.tensors.items()
+        if name.endswith(("/scale", "/bias")) and tensor.ndim == 4 and tuple(tensor.shape[:3]) == (1, 1, 1)
+    }
+    return replace(found, tensors={**found.tensors, **flat})
 
 
 def _refuse_strangers(found: Found) -> None:

@@ -155,6 +155,7 @@ class GoogleViT(Layout):
             "init_values": (backbone.init_values, None),
             "positions": (backbone.positions, "learned"),
             "class_position": (backbone.class_position, True),
+            "position_grid": (backbone.position_grid, None),
             "distillation_token": (backbone.distillation_token, False),
             "reg_tokens": (backbone.reg_tokens, 0),
             "mask_token": (backbone.mask_token, False),

@@ -73,7 +73,15 @@ class Library(Scheme):
         patches = settings.pop("patches", None)
         measured_size = settings.pop("image_size", None)
         facts = Facts(
-            found.where, len(kept), layout, settings, patches, image_size or measured_size, architecture, told or {}
+            found.where,
+            len(kept),
+            layout,
+            settings,
+            patches,
+            image_size or measured_size,
+            architecture,
+            told or {},
+            tuple(map(found.named, shapes.consulted)),
         )
         stored = stored_architecture(facts, request)
         preprocess, labels = usual_pixels(stored) if tell is None else tell(stored)

@@ -51,6 +51,8 @@ def load_bundle(
     the classifier with zeros (0 leaves it out). Further settings go by their names (`drop_path_rate`, `norm_eps`, …).
     Raises UserError, naming file and tensor, for whatever does not fit exactly.
     """
+    if "img_size" in overrides:
+        image_size = _one_size(image_size, overrides.pop("img_size"))
     request = Request(architecture, _pair(image_size), _pair(source_size), num_classes, overrides)
     stored = open_source(source)
     name, scheme = _scheme_of(stored)
@@ -229,3 +231,11 @@ def _precision(stored: Stored) -> list[str]:
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else size
+
+
+def _one_size(image_size: Any, img_size: Any) -> Any:
+    """The image size, under our name or timm's. Raises UserError where both are given and differ."""
+    if image_size is not None and img_size is not None and _pair(image_size) != _pair(img_size):
+        raise UserError(f"image_size={printable(image_size)} and img_size={printable(img_size)} are one setting")
+    size = image_size if img_size is None else img_size
+    return tuple(size) if isinstance(size, list) else size

@@ -18,7 +18,7 @@ class Facts:
     """What a file says of the network in it: settings by name, and the rows of its position table that are patches.
 
     `tensors` counts those in the file. `told` are settings that a configuration names, and so are `image_size`
-    (height, width) and `architecture`, a registered name.
+    (height, width) and `architecture`, a registered name. `measured` are the tensors whose shapes told the settings.
     """
 
     where: str
@@ -29,6 +29,7 @@ class Facts:
     image_size: tuple[int, int] | None = None
     architecture: str | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
+    measured: tuple[str, ...] = ()
 
     @property
     def structure(self) -> tuple[str, ...]:
@@ -67,7 +68,8 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
     try:
         architecture = adjusted(base, **settings)
     except UserError as fault:
-        raise UserError(f"{facts.where}: {fault}") from fault
+        read = f" (the shapes of {', '.join(facts.measured)} say so)" if facts.measured else ""
+        raise UserError(f"{facts.where}: {fault}{read}") from fault
     _require_tensors(architecture.backbone, facts)
     refuse_other(architecture, request, facts.where, facts.structure)
     size = _stored_size(facts, request, usual, architecture)

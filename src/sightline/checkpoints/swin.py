@@ -71,7 +71,7 @@ class _Swin(Layout):
             "depths": tuple(depths),
             "num_heads": tuple(heads for _, heads in tables),
             "mlp_ratio": _ratio(hidden, width * 2 ** (len(depths) - 1)),
-            "qkv_bias": any(f"{firsts[0]}.{name}.bias" in shapes for name in ("attn.qkv", "attention.self.query")),
+            "qkv_bias": any(name.endswith(("attn.qkv.bias", "attention.self.query.bias")) for name in shapes),
             "norm_eps": 1e-5,
             "global_pool": "avg",
             "num_classes": shapes.outputs(f"{self.classifier}.bias"),

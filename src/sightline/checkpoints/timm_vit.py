@@ -64,7 +64,7 @@ class TimmViT(TimmLayout):
         grid = None if image_size is None else (image_size[0] // kernel[2]) * (image_size[1] // kernel[3])
         token = "cls_token" in shapes or (grid is not None and rows == grid + 1)
         prefix = int(token) + int(distillation)
-        bare = bool(registers) if grid is None else rows == grid  # a row for every patch and none besides
+        bare = _bare(rows or 0, prefix, grid, bool(registers))
         normed = bool({"norm_pre.weight", "norm_pre.bias"} & set(shapes))
         pooled = bool({"fc_norm.weight", "fc_norm.bias"} & set(shapes))
         return {
@@ -146,6 +146,8 @@ class TimmViT(TimmLayout):
             refused.append(f"tokenizer={backbone.tokenizer!r}, norm={backbone.norm!r} (only patches and pre-norm)")
         if backbone.positions.startswith("relative"):
             refused.append(f"positions={backbone.positions!r} (only ones that are added to the tokens, or none)")
+        if backbone.position_grid is not None:
+            refused.append(f"position_grid={backbone.position_grid} (timm's tables are for the grid of the image)")
         if not backbone.key_bias and backbone.qkv_bias:
             refused.append("key_bias=False (queries and values have a bias without the keys)")
         if backbone.mask_token:
@@ -214,6 +216,14 @@ def ratio(hidden: int, width: int) -> float:
     """A ratio whose product with `width`, cut to a whole number as timm does it, is `hidden`."""
     plain = hidden / width
     return plain if int(width * plain) == hidden else math.nextafter(plain, math.inf)
+
+
+def _bare(rows: int, prefix: int, grid: int | None, registers: bool) -> bool:
+    """Whether a table has a row for every patch and none besides; a table of another size is taken for a square's."""
+    if grid is not None and rows in (grid, grid + prefix):
+        return rows == grid
+    square, behind = (math.isqrt(max(n, 0)) ** 2 == n for n in (rows, rows - prefix))
+    return square if square != behind else registers
 
 
 def _class_row(backbone: Any) -> bool:

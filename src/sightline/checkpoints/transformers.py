@@ -129,10 +129,9 @@ class Transformers(Library):
         backbone, head = bundle.architecture.backbone, bundle.architecture.head
         layout = self.layout(bundle.architecture)
         assert isinstance(layout, TransformersLayout)
-        labels = bundle.labels if bundle.named else [f"LABEL_{i}" for i in range(head.num_classes)]
-        named = {
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
+        named = {  # numbers too, where there are no names: else transformers would make up others than we answer with
+            "id2label": {str(i): label for i, label in enumerate(bundle.labels)},
+            "label2id": {label: i for i, label in enumerate(bundle.labels)},
         }
         return {
             "architectures": [layout.kind(backbone, head)],

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sightline.checkpoints.measure import divides
+from sightline.checkpoints.timm_vit import square
 from sightline.errors import printable
 from sightline.layout import Layout, Rule, Shapes, TransformersLayout, fused, one, same
 from sightline.schema import require
@@ -121,6 +122,7 @@ class TransformersViT(TransformersLayout):
             "positions": (backbone.positions, "learned"),
             "class_token": (backbone.class_token, True),
             "class_position": (backbone.class_position, True),
+            "position_grid": (backbone.position_grid, None),
             "distillation_token": (backbone.distillation_token, False),
             "reg_tokens": (backbone.reg_tokens, 0),
             "mask_token": (backbone.mask_token, False),
@@ -185,7 +187,6 @@ def common(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def written(backbone: Any) -> dict[str, Any]:
     """The same from our settings."""
-    square = len(set(backbone.image_size)) == 1 and len(set(backbone.patch_size)) == 1
     return {
         "hidden_size": backbone.embed_dim,
         "num_hidden_layers": backbone.depth,
@@ -195,8 +196,8 @@ def written(backbone: Any) -> dict[str, Any]:
         "hidden_dropout_prob": backbone.proj_drop_rate,
         "attention_probs_dropout_prob": backbone.attn_drop_rate,
         "layer_norm_eps": backbone.norm_eps,
-        "image_size": backbone.image_size[0] if square else list(backbone.image_size),
-        "patch_size": backbone.patch_size[0] if square else list(backbone.patch_size),
+        "image_size": square(backbone.image_size),
+        "patch_size": square(backbone.patch_size),
         "num_channels": backbone.in_chans,
         "qkv_bias": backbone.qkv_bias,
     }

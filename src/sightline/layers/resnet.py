@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -74,9 +75,12 @@ class StandardizedConv(nn.Conv2d):
 
     def standardized(self) -> Float[Tensor, "o i h w"]:
         """The kernels that the image meets."""
+        if self.eps_to == "variance":  # each kernel as a channel of one image, so that it rounds as in timm
+            kernels = rearrange(self.weight, "o i h w -> 1 o (i h w)")
+            standard = F.batch_norm(kernels, None, None, training=True, eps=self.eps)
+            return rearrange(standard, "1 o (i h w) -> o i h w", h=self.kernel_size[0], w=self.kernel_size[1])
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        deviation = (variance + self.eps).sqrt() if self.eps_to == "variance" else variance.sqrt() + self.eps
-        return (self.weight - mean) / deviation
+        return (self.weight - mean) / (variance.sqrt() + self.eps)
 
     def forward(self, input: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o y x"]:
         x = padded(input, self.kernel_size[0], self.stride[0]) if self.same else input
