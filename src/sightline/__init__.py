@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sightline.model import Model, load
     from sightline.network import create_model, list_models
     from sightline.recipes.classify import train
+    from sightline.recipes.pretrain import pretrain
     from sightline.types import Prediction, Tokens
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "create_model": "sightline.network",
     "list_models": "sightline.network",
     "load": "sightline.model",
+    "pretrain": "sightline.recipes.pretrain",
     "train": "sightline.recipes.classify",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load",
+    "pretrain",
     "train",
 ]
 

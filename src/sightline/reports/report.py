@@ -22,6 +22,7 @@ from sightline.images.decode import decode
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network, count_parameters
 from sightline.reports.charts import line_chart
+from sightline.reports.sections import curves, doctor, settings, table
 from sightline.training.journal import read
 
 MATRIX = 40
@@ -53,13 +54,13 @@ class Report:
         """The page: pictures inside, nothing loaded from elsewhere."""
         sections = [
             self._summary(),
-            self._doctor(),
+            doctor(self.record),
             self._curves(),
             self._confusion(),
             self._classes(),
             self._mistakes(),
             self._refused(),
-            self._settings(),
+            settings(self.record),
         ]
         return document(f"{printable(self.record['data']['source'])}: what was learned", "\n".join(sections))
 
@@ -76,18 +77,7 @@ class Report:
             "time in training": f"{self.record['seconds']['train']:.0f} s",
         }
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in self.record["recipe"]["reasons"])
-        return f"{_table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
-
-    def _doctor(self) -> str:
-        if not (findings := self.record.get("findings")):
-            return "<h2>Doctor</h2><p>Nothing stood out in the training.</p>"
-        rows = (
-            f"<tr><th>{escape(f['kind'])}</th><td>{f['step']:,}</td><td>{escape(f['severity'])}</td>"
-            f"<td>{escape(f['words'])}.</td><td>{escape(f['advice'])}</td></tr>"
-            for f in findings
-        )
-        head = "<tr><th>finding</th><th>step</th><th>weight</th><th>what was seen</th><th>what helps</th></tr>"
-        return f'<h2>Doctor</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+        return f"{table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
 
     def _curves(self) -> str:
         records = read(self.folder / "metrics.jsonl")
@@ -99,8 +89,7 @@ class Report:
             ("Held-out top-1 accuracy", line_chart(top1, "epoch", "top-1")),
             ("Learning rate", line_chart(rate, "epoch", "learning rate", zero=True)),
         ]
-        figures = (f"<figure>{chart}<figcaption>{name}</figcaption></figure>" for name, chart in charts if chart)
-        return f'<h2>Curves</h2><div class="row charts">{"".join(figures)}</div>'
+        return curves(charts)
 
     def _confusion(self) -> str:
         if len(self.labels) > MATRIX:
@@ -173,23 +162,6 @@ class Report:
             return ""
         rows = (f"<tr><th>{escape(printable(n))}</th><td>{escape(printable(why))}</td></tr>" for n, why in refused)
         return f"<h2>Images that could not be read</h2><table>{''.join(rows)}</table>"
-
-    def _settings(self) -> str:
-        parts = {
-            "Training": self.record["recipe"]["settings"],
-            "Variation of the images": self.record["recipe"]["augment"],
-            "Network": self.record["recipe"]["architecture"]["backbone"],
-            "Machine": self.record["environment"],
-        }
-        details = "".join(
-            f"<details><summary>{name}</summary>{_table(values)}</details>" for name, values in parts.items()
-        )
-        return f"<h2>Settings</h2>{details}"
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    cells = (f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
-    return f"<table>{''.join(cells)}</table>"
 
 
 def _inline(picture: np.ndarray) -> str:
