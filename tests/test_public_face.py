@@ -28,7 +28,17 @@ MODULES.remove("sightline.__main__")
 
 class TestNames:
     def test_those_that_are_promised(self):
-        promised = {"create_model", "list_models", "load", "train", "Model", "Prediction", "Preprocess", "Tokens"}
+        promised = {
+            "create_model",
+            "list_models",
+            "load",
+            "pretrain",
+            "train",
+            "Model",
+            "Prediction",
+            "Preprocess",
+            "Tokens",
+        }
         assert promised | {"UserError", "WorkError", "__version__"} == set(sightline.__all__) == set(dir(sightline))
         for name in promised:
             thing = getattr(sightline, name)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sightline.images.preprocess import Preprocess
     from sightline.model import Model, load
     from sightline.network import create_model, list_models
+    from sightline.recipes.pretrain import pretrain
     from sightline.recipes.train import train
     from sightline.types import Prediction, Tokens
 
@@ -26,6 +27,7 @@ _HOMES = {
     "create_model": "sightline.network",
     "list_models": "sightline.network",
     "load": "sightline.model",
+    "pretrain": "sightline.recipes.pretrain",
     "train": "sightline.recipes.train",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load",
+    "pretrain",
     "train",
 ]
 

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -65,3 +66,71 @@ def image_size(text: str) -> tuple[int, int]:
     if len(parts) > 2 or min(height, width) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size like 224 or 160x96 (height × width)")
     return height, width
+
+
+_NETWORK = ("tokenizer", "patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
+_TOLD = {"num_classes", "image_size", "in_chans"}
+"""What the images say, or another option."""
+_AUGMENT = ("horizontal_flip", "vertical_flip", "degrees", "crop", "randaugment", "erasing")
+
+
+def add_network(parser: Any) -> None:
+    """Settings of the network; those that are no option of their own are taken by `take_network`."""
+    network = parser.add_argument_group(
+        "network, in place of the recipe's choice",
+        "every setting of the model's family is an option; several numbers are written 1,2,6",
+    )
+    for name in ("patch-size", "embed-dim", "depth", "num-heads"):
+        network.add_argument(f"--{name}", type=setting, metavar="N")
+    network.add_argument("--tokenizer", metavar="NAME", help="patch, convolution, …: how pixels become tokens")
+    network.add_argument("--drop-path-rate", type=float, metavar="X", help="stochastic depth")
+
+
+def add_augmentation(parser: Any) -> None:
+    """How training images vary."""
+    augment = parser.add_argument_group("variation of the training images")
+    augment.add_argument("--horizontal-flip", "--hflip", type=float, metavar="P", help="probability of mirroring")
+    augment.add_argument("--vertical-flip", "--vflip", type=float, metavar="P", help="probability of turning over")
+    augment.add_argument("--degrees", type=float, metavar="X", help="largest rotation")
+    augment.add_argument("--crop", choices=("resized", "padded", "none"), help="how training crops are taken")
+    augment.add_argument("--randaugment", type=int, metavar="N", help="RandAugment operations")
+    augment.add_argument("--erasing", "--reprob", type=float, metavar="P", help="probability of random erasing")
+
+
+def take_network(request: argparse.Namespace, word: str) -> bool:
+    """Takes `--NAME=VALUE` where a network or its head has a setting of this name; says whether it did."""
+    from sightline.backbones.backbone import FAMILIAR
+    from sightline.registry import table
+
+    parts = [*table("backbones", "FAMILIES").values(), *table("heads", "HEADS").values()]
+    known = {*FAMILIAR, *(field for part in parts for field in part.Config.__dataclass_fields__)} - _TOLD
+    return take(request, "network", known, word)
+
+
+def take(request: argparse.Namespace, group: str, known: Container[str], word: str) -> bool:
+    """Takes `--NAME=VALUE` of a name that is known into the settings `group` of a request; says whether it did."""
+    name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+    if not word.startswith("--") or name not in known:
+        return False
+    value = setting(word.partition("=")[2]) if value else True
+    setattr(request, group, {**getattr(request, group, {}), name: value})
+    return True
+
+
+def network_of(request: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the network that were told."""
+    return {**_named(request, _NETWORK), **getattr(request, "network", {})}
+
+
+def augmentation_of(request: argparse.Namespace) -> dict[str, Any]:
+    """How the training images are to vary, where that was told."""
+    return _named(request, _AUGMENT)
+
+
+def _named(request: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(request, name)) is not None}
+
+
+def speaks() -> bool:
+    """Whether this is the process that speaks, where torchrun starts several."""
+    return os.environ.get("RANK", "0") == "0"

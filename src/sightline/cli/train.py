@@ -2,12 +2,22 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from typing import Any
 
-from sightline.cli.options import add_device, add_fields, given, image_size, setting
+from sightline.cli.options import (
+    add_augmentation,
+    add_device,
+    add_fields,
+    add_network,
+    augmentation_of,
+    given,
+    image_size,
+    network_of,
+    speaks,
+    take_network,
+)
 from sightline.training.settings import Settings
 
 SUMMARY = "Train or fine-tune a model on a folder of images; what is not said is chosen, and the choice explained."
@@ -38,51 +48,20 @@ def arguments(parser: Any) -> None:
     modes = ("squash", "crop", "pad", "native")
     parser.add_argument("--resize", choices=modes, help="how images of other shapes get there; native keeps aspect")
     add_device(parser)
-    network = parser.add_argument_group(
-        "network, in place of the recipe's choice",
-        "every setting of the model's family is an option; several numbers are written 1,2,6",
-    )
-    for name in ("patch-size", "embed-dim", "depth", "num-heads"):
-        network.add_argument(f"--{name}", type=setting, metavar="N")
-    network.add_argument("--tokenizer", metavar="NAME", help="patch, convolution, …: how pixels become tokens")
-    network.add_argument("--drop-path-rate", type=float, metavar="X", help="stochastic depth")
+    add_network(parser)
     add_fields(parser.add_argument_group("teaching, in place of the recipe's choice"), Settings, leave_out=_OWN)
-    augment = parser.add_argument_group("variation of the training images")
-    augment.add_argument("--horizontal-flip", "--hflip", type=float, metavar="P", help="probability of mirroring")
-    augment.add_argument("--vertical-flip", "--vflip", type=float, metavar="P", help="probability of turning over")
-    augment.add_argument("--degrees", type=float, metavar="X", help="largest rotation")
-    augment.add_argument("--crop", choices=("resized", "padded", "none"), help="how training crops are taken")
-    augment.add_argument("--randaugment", type=int, metavar="N", help="RandAugment operations")
-    augment.add_argument("--erasing", "--reprob", type=float, metavar="P", help="probability of random erasing")
-
-
-_NETWORK = ("tokenizer", "patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate")
-_TOLD = {"num_classes", "image_size", "in_chans"}
-"""What the images say, or another option."""
-_AUGMENT = ("horizontal_flip", "vertical_flip", "degrees", "crop", "randaugment", "erasing")
+    add_augmentation(parser)
 
 
 def further(request: argparse.Namespace, word: str) -> bool:
     """Takes `--NAME=VALUE` where a network or its head has a setting of this name; says whether it did."""
-    from sightline.backbones.backbone import FAMILIAR
-    from sightline.registry import table
-
-    name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-    parts = [*table("backbones", "FAMILIES").values(), *table("heads", "HEADS").values()]
-    known = {*FAMILIAR, *(field for part in parts for field in part.Config.__dataclass_fields__)} - _TOLD
-    if not word.startswith("--") or name not in known:
-        return False
-    request.network = {**getattr(request, "network", {}), name: setting(word.partition("=")[2]) if value else True}
-    return True
+    return take_network(request, word)
 
 
 def run(request: argparse.Namespace) -> int:
     """Trains, and prints the result."""
     from sightline.recipes.train import train
     from sightline.training.signals import Interrupted
-
-    def named(names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: value for name in names if (value := getattr(request, name)) is not None}
 
     settings = given(request, Settings)
     if request.precision == "auto":
@@ -100,23 +79,18 @@ def run(request: argparse.Namespace) -> int:
             resume=request.resume,
             device=request.device,
             quiet=request.quiet,
-            network={**named(_NETWORK), **getattr(request, "network", {})},
-            augment=named(_AUGMENT),
+            network=network_of(request),
+            augment=augmentation_of(request),
             **settings,
         )
     except Interrupted as stop:
-        if _speaks():
+        if speaks():
             words = ["sightline", "train", request.data, *(["--out", request.out] if request.out else []), "--resume"]
             print(f"sightline: {stop}. Go on with: {shlex.join(words)}", file=sys.stderr)
         return stop.status
-    if _speaks():
+    if speaks():
         report(trained, request.json)
     return 0
-
-
-def _speaks() -> bool:
-    """Whether this is the process that speaks, where torchrun starts several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def report(trained: Any, as_json: bool) -> None:

@@ -46,7 +46,7 @@ def autopilot(
     known = facts(images, seed, reflections=not told and images.samples.marks is None)
 
     def pace(candidate: Recipe) -> float:
-        candidate = _sharing(candidate.told(settings, augment), candidate.architecture.build(), len(images), world)
+        candidate = sharing(candidate.told(settings, augment), candidate.architecture.build(), len(images), world)
         return _measured(task, candidate, candidate.architecture.build(), world)[0]
 
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def autopilot(
         taught = chosen.architecture.build()
     else:
         chosen, taught = _from_weights(task, known, model, weights, recipe or "fine-tune", network)
-    chosen = _sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
+    chosen = sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
     seconds, memory = _measured(task, chosen, taught, world)
     parts = chosen.settings.micro_batch or world.agree(micro_batch(chosen.settings, memory, world.device))
     remarks = [_estimate(chosen, seconds, len(images))]
@@ -94,7 +94,7 @@ def _from_weights(
     return chosen, network
 
 
-def _sharing(recipe: Recipe, network: Network, images: int, world: World) -> Recipe:
+def sharing(recipe: Recipe, network: Network, images: int, world: World) -> Recipe:
     """The recipe with a batch that the processes can share evenly, in pairs, and as many threads as pay.
 
     Threads that wait for each other at every small operation cost far more than they bring. The number is part of the

@@ -1,7 +1,7 @@
 """What a run consists of, as plain data with its reasons."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,10 @@ def _size(image: Picture) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run as plain data: the network, its pixels, how they vary, how it is taught, and why."""
+    """A run as plain data: the network, its pixels, how they vary, how it is taught, and why.
+
+    `objective` is a key of `OBJECTIVES`, and `options` are the settings of that objective which differ from its own.
+    """
 
     name: str
     architecture: Architecture
@@ -75,6 +78,8 @@ class Recipe:
     augment: Augment
     settings: Settings
     reasons: tuple[str, ...] = ()
+    objective: str = "supervised"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mixed = self.settings.mixup > 0 or self.settings.cutmix > 0 or self.augment.crop != "none"
@@ -93,6 +98,8 @@ class Recipe:
             "augment": self.augment.to_json(),
             "settings": to_json(self.settings),
             "reasons": list(self.reasons),
+            "objective": self.objective,
+            "options": to_json(self.options),
         }
 
     @classmethod
@@ -106,6 +113,8 @@ class Recipe:
                 Augment.from_json(data["augment"]),
                 from_json(Settings, data["settings"], f"{where}: settings"),
                 tuple(data["reasons"]),
+                str(data.get("objective", "supervised")),
+                dict(data.get("options", {})),
             )
         except (KeyError, TypeError) as fault:
             raise UserError(f"{where}: the recipe lacks {fault}") from fault

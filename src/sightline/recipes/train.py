@@ -1,43 +1,33 @@
 """From a folder of images to a model directory: the whole run, as one function."""
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sightline.checkpoints.directory import write_model
-from sightline.datasets.loader import OrderedLoader, TrainLoader
-from sightline.datasets.order import steps_per_epoch
+from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.preflight import quick
 from sightline.datasets.split import Splits
-from sightline.device import pick_device, pick_precision
-from sightline.errors import UserError, WorkError, printable
+from sightline.device import pick_device
+from sightline.errors import printable
 from sightline.evaluation.measure import Measure, weigh
 from sightline.model import Model, load
 from sightline.network import Network
 from sightline.recipes.autopilot import autopilot
 from sightline.recipes.recipe import Recipe
+from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
 from sightline.recipes.task import Task, task_of
 from sightline.reports.card import model_card
-from sightline.training import loop as teaching
-from sightline.training.chart import Finding
+from sightline.schema import require
+from sightline.training.chart import Finding, Labels
 from sightline.training.distributed import World, join, leave
-from sightline.training.run import RunFolder, environment, locked
-from sightline.training.signals import breaking_off
-
-ENDLESS = 2**62
-"""More steps than any run has: the loop says when to stop."""
-
-RETOLD = ("refused_limit", "micro_batch", "save_seconds", "workers")
-"""Settings that a resumed run may be told anew: they change what it bears, and what it learns in rounding at most."""
-
-CLOSING = 4.0
-"""Seconds that the report at the end of a run takes, about; a run by the clock keeps them free."""
+from sightline.training.loop import Outcome
+from sightline.training.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -106,15 +96,17 @@ def train(
     `RETOLD` are asked again. Raises UserError, WorkError, and Interrupted after a signal.
     """
     began, remarks = time.monotonic(), []
-    folder = RunFolder(Path(out) if out is not None else Path("runs") / _stem(data))
+    folder = RunFolder(Path(out) if out is not None else Path("runs") / stem(data))
     with ExitStack() as held:
         world = join(pick_device(device))
         held.callback(leave)
         if resume:
             record = folder.read()
+            ours = record.get("task") != "pretrain"
+            require(ours, f"{printable(folder.path)} holds a run of `sightline pretrain`: go on with that")
             what = task_of(str(record.get("task")))
             splits = what.open(record["data"]["source"], record["seed"])
-            _require_same_data(splits, record, folder)
+            require_same_data(splits, record, folder)
             chosen = Recipe.from_json(record["recipe"], str(folder.record_file))
             chosen = chosen.told({name: settings[name] for name in RETOLD if name in settings}, {})
             record["recipe"] = chosen.to_json()
@@ -138,22 +130,17 @@ def train(
             )
             if world.first:
                 remarks += [finding.line() for finding in quick(splits) if finding.severity != "note"]
-        world.agree(None)  # nobody writes before everybody has looked
-        if world.first:
-            held.enter_context(locked(folder.path))
-            if not resume:
-                folder.require_fresh()  # somebody may have been quicker
-        held.enter_context(_threads(chosen.settings.threads or torch.get_num_threads()))
+        hold(held, folder, world, chosen, resume=resume)
         spent = time.monotonic() - began
-        return _Run(what, folder, splits, chosen, taught, world, quiet).go(resume, record, remarks, spent)
+        return _Training(what, folder, splits, chosen, taught, world, quiet).go(resume, record, remarks, spent)
 
 
-class _Run:
-    """One run from its loaders to its report."""
+class _Training(Run):
+    """One run that learns a task and is judged by held-out images."""
 
     def __init__(
         self,
-        task: Task,
+        what: Task,
         folder: RunFolder,
         splits: Splits,
         recipe: Recipe,
@@ -161,60 +148,35 @@ class _Run:
         world: World,
         quiet: bool,
     ):
-        self.task, self.folder, self.splits, self.recipe, self.network = task, folder, splits, recipe, network
-        self.world, self.quiet = world, quiet
+        super().__init__(folder, splits, recipe, what.objective(network, recipe.settings), world, quiet)
+        self.what, self.task, self.score = what, what.name, what.score
         self.latest: Measure | None = None
-        self.precision = pick_precision(recipe.settings.precision, world.device)
         self.validation = OrderedLoader(
             splits.val,
-            task.prepared(recipe.preprocess),
+            what.prepared(recipe.preprocess),
             batch_size=max(recipe.settings.batch_size, 64),
             rank=world.rank,
             world=world.size,
             workers=recipe.settings.workers if splits.val.samples.arrays is None else 0,
         )
 
-    def go(self, resume: bool, record: dict[str, Any], remarks: Sequence[str], spent: float) -> Trained:
-        recipe, settings = self.recipe, self.recipe.settings
-        record = record if resume else self._record()
-        names, unsaid = self.splits.train.samples.names, dict(record)
-        task = teaching.Task(
-            self.task.objective(self.network, settings),
-            settings,
-            self._batches,
-            len(self.splits.train),
-            steps_per_epoch(len(self.splits.train), settings.batch_size),
-            self._evaluate,
-            score=self.task.score,
-            name=lambda i: names[i],
-            labels=self.task.labels(self.splits),
-            begin=lambda: self.folder.write(unsaid),
-            aside=spent + CLOSING,
-        )
-        loop = teaching.Loop(
-            task, self.world, self.folder.path, precision=self.precision, resume=resume, quiet=self.quiet
-        )
-        for line in [*self.splits.notes, *recipe.describe(), *remarks]:
-            loop.journal.say(line)
-        self.validation.tell(loop.journal.say)
-        with breaking_off():
-            try:
-                outcome = loop.run()
-            except WorkError:
-                if self.world.first and loop.doctor.findings:
-                    self.folder.write(unsaid | {"findings": [asdict(finding) for finding in loop.doctor.findings]})
-                raise
-            return self._finished(outcome, record)
+    def tell(self, say: Callable[[str], None]) -> None:
+        self.validation.tell(say)
 
-    def _finished(self, outcome: teaching.Outcome, record: dict[str, Any]) -> Trained:
-        """Weighs the network where that is still to do, and writes everything that stays."""
+    def labels(self) -> Labels | None:
+        return self.what.labels(self.splits)
+
+    def transform(self) -> Any:
+        return self.what.varied(self.recipe.augment, self.recipe.preprocess)
+
+    def finished(self, outcome: Outcome, record: dict[str, Any]) -> Trained:
         settings = self.recipe.settings
         fresh = self.latest if settings.patience is None else None  # patience may have gone back to older weights
         counts = fresh or self._weigh(outcome.network)
         metrics = counts.metrics()
         trained = Trained(
             self.folder.path,
-            self.task.name,
+            self.task,
             metrics,
             {"evaluated": counts.evaluated, "refused": len(counts.refused)},
             {"train": round(outcome.seconds, 2)},
@@ -235,23 +197,7 @@ class _Run:
         self.world.agree(None)  # nobody leaves before the files are there
         return trained
 
-    def _batches(self, step: int, say: Callable[[str], None]) -> TrainLoader:
-        settings = self.recipe.settings
-        return TrainLoader(
-            self.splits.train,
-            self.task.varied(self.recipe.augment, self.recipe.preprocess),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            steps=range(step, ENDLESS),
-            repeats=settings.repeats,
-            rank=self.world.rank,
-            world=self.world.size,
-            workers=settings.workers,
-            pin_memory=self.world.device.type == "cuda",
-            say=say,
-        )
-
-    def _evaluate(self, network: nn.Module, heed: Callable[[], None]) -> dict[str, float]:
+    def evaluate(self, network: nn.Module, heed: Callable[[], None]) -> dict[str, float]:
         first, self.latest = self.latest is None, self._weigh(network, heed)
         counts = self.latest
         for name, reason in counts.refused if first else ():
@@ -263,7 +209,7 @@ class _Run:
         part = weigh(
             network,
             self.validation,
-            self.task.measure(self.splits.val, self.recipe.preprocess),
+            self.what.measure(self.splits.val, self.recipe.preprocess),
             device=self.world.device,
             precision=self.precision,
             heed=heed,
@@ -271,52 +217,12 @@ class _Run:
         first, *others = self.world.gather(part)
         return first.merge(others)
 
-    def _record(self) -> dict[str, Any]:
-        return {
-            "status": "begun",
-            "task": self.task.name,
-            "seed": self.recipe.settings.seed,
-            "data": {
-                "source": self.splits.source,
-                "train": len(self.splits.train),
-                "val": len(self.splits.val),
-                "classes": len(self.splits.train.classes),
-                "fingerprint": {"train": self.splits.train.fingerprint(), "val": self.splits.val.fingerprint()},
-            },
-            "recipe": self.recipe.to_json(),
-            "environment": environment(self.world.device, self.precision),
-        }
-
     def _write(self, network: Network, counts: Measure, record: dict[str, Any]) -> None:
         network = network.to("cpu").eval()
         labels = self.splits.train.classes
         about = self.folder.path, network, self.recipe.preprocess, labels, self.splits.val, counts, record
-        report = self.task.report(*about)
+        report = self.what.report(*about)
         write_model(self.folder.path, network, self.recipe.preprocess, labels)
         report.write()
         model_card(self.folder.path, labels, record, report.card)
         self.folder.write(record)
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    """Computes with so many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder) -> None:
-    now = {"train": splits.train.fingerprint(), "val": splits.val.fingerprint()}
-    if now != record["data"]["fingerprint"]:
-        raise UserError(
-            f"the images of {splits.source} have changed since the run in {folder.path} began; it can only go on with "
-            "the same images. Start a new run with another --out."
-        )
-
-
-def _stem(data: str | Path) -> str:
-    return str(data).removeprefix("builtin:") if str(data).startswith("builtin:") else Path(data).resolve().stem

@@ -83,3 +83,64 @@ def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any], c
         labels=", ".join(shown) + (f" and {len(labels) - 50} more" if len(labels) > 50 else ""),
     )
     write_atomic(folder / "README.md", text.encode())
+
+
+_PRETRAINED = """---
+library_name: sightline
+pipeline_tag: image-feature-extraction
+tags: [vision-transformer, {objective}]
+---
+# {name}
+
+A backbone taught with Sightline {version} on `{source}` by the objective `{objective}`, to be trained further.
+
+| | |
+|---|---|
+{metrics}
+| training images | {train:,} |
+| recipe | {recipe}, seed {seed}, {seconds:.0f} s |
+| data fingerprint | `{fingerprint}` |
+
+## Use
+
+    sightline train IMAGES --weights {folder}
+
+```python
+import sightline
+
+vectors = sightline.load("{folder}").embed(["image.jpg"])
+```
+
+Pixels are prepared as `config.json` says; the same code prepares them everywhere.
+
+## Limits
+
+{limits} What it has learned to see, it has learned from images of one source; others may need more.
+"""
+
+_TOLD = {
+    "knn_top1": "top-1 of the 20 nearest neighbours, held out",
+    "effective_rank": "effective rank of the features",
+    "feature_std": "deviation of the features",
+}
+_FEATURES_ONLY = "It names no classes before it has been trained on some."
+
+
+def pretrained_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes `README.md` of a model directory that was learned without labels."""
+    rows = (f"| {_TOLD[name]} | {value:.4g} |" for name, value in record["metrics"].items() if name in _TOLD)
+    text = _PRETRAINED.format(
+        name=escape(printable(folder.name)),
+        folder=printable(folder.name).replace("`", "'"),
+        version=record["environment"]["packages"]["sightline"],
+        source=printable(record["data"]["source"]).replace("`", "'"),
+        objective=record["recipe"]["objective"],
+        metrics="\n".join(rows),
+        train=record["data"]["train"],
+        recipe=record["recipe"]["name"],
+        seed=record["seed"],
+        seconds=record["seconds"]["train"],
+        fingerprint=record["data"]["fingerprint"]["train"][:16],
+        limits=_FEATURES_ONLY,
+    )
+    write_atomic(folder / "README.md", text.encode())

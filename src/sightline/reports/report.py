@@ -20,6 +20,7 @@ from sightline.images.preprocess import Preprocess
 from sightline.network import Network, count_parameters
 from sightline.reports.card import Card
 from sightline.reports.charts import line_chart
+from sightline.reports.sections import curves, doctor, settings, table
 from sightline.training.journal import read
 
 
@@ -57,11 +58,11 @@ class Report(ABC):
         """The page: pictures inside, nothing loaded from elsewhere."""
         sections = [
             self._summary(),
-            self._doctor(),
+            doctor(self.record),
             self._curves(),
             *self.findings(),
             self._refused(),
-            self._settings(),
+            settings(self.record),
         ]
         return document(f"{printable(self.record['data']['source'])}: what was learned", "\n".join(sections))
 
@@ -77,18 +78,7 @@ class Report(ABC):
             "time in training": f"{self.record['seconds']['train']:.0f} s",
         }
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in self.record["recipe"]["reasons"])
-        return f"{_table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
-
-    def _doctor(self) -> str:
-        if not (findings := self.record.get("findings")):
-            return "<h2>Doctor</h2><p>Nothing stood out in the training.</p>"
-        rows = (
-            f"<tr><th>{escape(f['kind'])}</th><td>{f['step']:,}</td><td>{escape(f['severity'])}</td>"
-            f"<td>{escape(f['words'])}.</td><td>{escape(f['advice'])}</td></tr>"
-            for f in findings
-        )
-        head = "<tr><th>finding</th><th>step</th><th>weight</th><th>what was seen</th><th>what helps</th></tr>"
-        return f'<h2>Doctor</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+        return f"{table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
 
     def _curves(self) -> str:
         records = read(self.folder / "metrics.jsonl")
@@ -101,8 +91,7 @@ class Report(ABC):
             (f"Held-out {name}", line_chart(score, "epoch", self.short)),
             ("Learning rate", line_chart(rate, "epoch", "learning rate", zero=True)),
         ]
-        figures = (f"<figure>{chart}<figcaption>{name}</figcaption></figure>" for name, chart in charts if chart)
-        return f'<h2>Curves</h2><div class="row charts">{"".join(figures)}</div>'
+        return curves(charts)
 
     def _refused(self) -> str:
         refused = [*self.record["refused"]["train"], *self.record["refused"]["val"]]
@@ -110,23 +99,6 @@ class Report(ABC):
             return ""
         rows = (f"<tr><th>{escape(printable(n))}</th><td>{escape(printable(why))}</td></tr>" for n, why in refused)
         return f"<h2>Images that could not be read</h2><table>{''.join(rows)}</table>"
-
-    def _settings(self) -> str:
-        parts = {
-            "Training": self.record["recipe"]["settings"],
-            "Variation of the images": self.record["recipe"]["augment"],
-            "Network": self.record["recipe"]["architecture"]["backbone"],
-            "Machine": self.record["environment"],
-        }
-        details = "".join(
-            f"<details><summary>{name}</summary>{_table(values)}</details>" for name, values in parts.items()
-        )
-        return f"<h2>Settings</h2>{details}"
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    cells = (f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
-    return f"<table>{''.join(cells)}</table>"
 
 
 def inline(picture: np.ndarray) -> str:

@@ -51,18 +51,20 @@ class DecoupledSGD(torch.optim.SGD):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float):
-        for group in groups:
-            group["decoupled_decay"] = group.pop("weight_decay")
         super().__init__(groups, lr=lr, momentum=momentum)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
         assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"] if group["decoupled_decay"] else ():
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            for parameter in group["params"] if decay else ():
                 if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["decoupled_decay"])
+                    parameter.mul_(1 - group["lr"] * decay)
+            group["weight_decay"] = 0.0  # for the step that follows, which would send it through the momentum
         super().step()
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
 
 
 def build(objective: nn.Module, network: Network, settings: Settings) -> torch.optim.Optimizer:

@@ -144,6 +144,24 @@ def _at_rest(network: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+def spread(features: Float[Tensor, "n d"]) -> dict[str, float]:
+    """How the features of images lie: `feature_std` and `effective_rank`.
+
+    The first is the deviation of each coordinate of the features at unit length, averaged and times √d: 1 where they
+    point evenly in all directions, 0 where all are the same (arXiv 2011.10566, section 4.1). The second is the
+    exponential of the entropy of the singular values of the centred features, as shares of their sum: how many
+    directions are in use (Roy and Vetterli 2007), at least 1.
+    """
+    unit = F.normalize(features.double(), dim=1)
+    deviation = float(unit.std(dim=0, correction=0).mean()) * unit.shape[1] ** 0.5
+    values = torch.linalg.svdvals(unit - unit.mean(dim=0))
+    total = float(values.sum())
+    if not total > 1e-9 * len(unit) ** 0.5:
+        return {"feature_std": deviation, "effective_rank": 1.0}
+    shares = values / total
+    return {"feature_std": deviation, "effective_rank": float(torch.special.entr(shares).sum().exp())}
+
+
 class Likeness(NamedTuple):
     """How often the most similar other image has the same label.
 

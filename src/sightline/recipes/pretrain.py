@@ -1,0 +1,234 @@
+"""Learning without labels: from a folder of images to a model directory that training goes on from."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sightline.checkpoints.directory import write_model
+from sightline.datasets.loader import OrderedLoader
+from sightline.datasets.order import steps_per_epoch
+from sightline.datasets.split import Splits
+from sightline.datasets.unlabelled import open_images
+from sightline.device import pick_device
+from sightline.errors import UserError, printable
+from sightline.evaluation.knn import knn_accuracy
+from sightline.network import Network
+from sightline.objectives.objective import Objective
+from sightline.recipes.autopilot import sharing
+from sightline.recipes.ingredients import made
+from sightline.recipes.pretraining import chosen
+from sightline.recipes.recipe import Recipe, facts
+from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
+from sightline.recipes.train import Trained
+from sightline.registry import find
+from sightline.reports.card import pretrained_card
+from sightline.reports.pretrained import PretrainedReport
+from sightline.schema import require
+from sightline.training.chart import Labels
+from sightline.training.distributed import World, join, leave
+from sightline.training.loop import Outcome
+from sightline.training.run import RunFolder
+from sightline.training.vitals import spread
+
+NEIGHBOURS = 4000
+"""Training images that are known to the nearest-neighbour classifier, evenly taken: enough to judge by."""
+
+WORKERS_WAIT = 64
+"""Images of a batch of evaluation, at least."""
+
+
+@dataclass(frozen=True)
+class Pretrained(Trained):
+    """What a run without labels left behind; `metrics` has `knn_top1` where there are labels to judge by."""
+
+    objective: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `pretrain --json`."""
+        return {**super().to_json(), "objective": self.objective}
+
+
+def pretrain(
+    data: str | Path,
+    *,
+    objective: str = "mae",
+    model: str | None = None,
+    out: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    recipe: str = "small",
+    resume: bool = False,
+    device: str = "auto",
+    quiet: bool = True,
+    network: Mapping[str, Any] | None = None,
+    augment: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Pretrained:
+    """Teaches a backbone by an objective that needs no labels, or few, and writes a model directory to go on from.
+
+    `data` is whatever `train` takes, or a folder of images without any order; labels, where there are some, only judge
+    (`knn_top1`), unless the objective is one that learns from them. `objective` is a key of `OBJECTIVES`, `options` are
+    its settings. `recipe` is small, which minutes on two cores suffice for, or published. The rest is as for `train`.
+    Raises UserError, WorkError, and Interrupted after a signal.
+    """
+    began = time.monotonic()
+    folder = RunFolder(Path(out) if out is not None else Path("runs") / f"{stem(data)}-{objective}")
+    with ExitStack() as held:
+        world = join(pick_device(device))
+        held.callback(leave)
+        if resume:
+            record = folder.read()
+            require(
+                record.get("task") == "pretrain", f"{folder.path} holds a run of `sightline train`: go on with that"
+            )
+            splits = open_images(record["data"]["source"], seed=record["seed"])
+            require_same_data(splits, record, folder)
+            plan = Recipe.from_json(record["recipe"], str(folder.record_file))
+            plan = plan.told({name: settings[name] for name in RETOLD if name in settings}, {})
+            record["recipe"] = plan.to_json()
+        else:
+            record = {}
+            folder.require_fresh()
+            splits = open_images(data, seed=int(settings.get("seed", 0)))
+            size = {} if image_size is None else {"image_size": image_size}
+            plan = _planned(
+                splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options or {}
+            )
+            plan = sharing(plan, plan.architecture.build(), len(splits.train), world)
+        torch.manual_seed(plan.settings.seed)
+        taught = plan.architecture.build()
+        ready, plan = made(plan, taught, splits, folder, world, quiet=quiet)
+        hold(held, folder, world, plan, resume=resume)
+        return _Pretraining(folder, splits, plan, ready, world, quiet).go(resume, record, [], time.monotonic() - began)
+
+
+def _planned(
+    splits: Splits,
+    objective: str,
+    recipe: str,
+    model: str | None,
+    network: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    augment: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Recipe:
+    """The recipe with what the user said in it. Raises UserError for what does not go together."""
+    kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
+    classes = len(splits.train.classes)
+    if kind.labelled and not classes:
+        raise UserError(f"{objective} learns from labels, and {splits.source} has none: put images into class folders")
+    known = facts(splits.train, int(settings.get("seed", 0)), reflections=classes > 0)
+    known = replace(known, classes=classes if kind.labelled else 0)
+    plan = chosen(recipe, objective, known, model, network).told(settings, augment)
+    require(plan.settings.patience is None or classes > 0, "patience needs labels to judge by, and there are none")
+    return replace(plan, options={**plan.options, **options})
+
+
+class _Pretraining(Run):
+    """One run that learns features and is judged by how they lie."""
+
+    task = "pretrain"
+
+    def __init__(
+        self, folder: RunFolder, splits: Splits, recipe: Recipe, objective: Objective, world: World, quiet: bool
+    ):
+        super().__init__(folder, splits, recipe, objective, world, quiet)
+        self.judged = len(splits.train.classes) > 1
+        self.score = "knn_top1" if self.judged else "effective_rank"
+        rows = np.unique(np.linspace(0, len(splits.train) - 1, min(NEIGHBOURS, len(splits.train))).astype(int))
+        parts = {"known": splits.train.select(rows)} if self.judged else {}
+        self.loaders = {
+            name: OrderedLoader(
+                images,
+                recipe.preprocess,
+                batch_size=max(recipe.settings.batch_size, WORKERS_WAIT),
+                workers=recipe.settings.workers if images.samples.arrays is None else 0,
+            )
+            for name, images in {**parts, "asked": splits.val}.items()
+        }
+        self.refused: dict[str, str] = {}
+        self.say: Callable[[str], None] = lambda line: None
+
+    def labels(self) -> Labels | None:
+        return super().labels() if self.objective.labelled else None
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        for loader in self.loaders.values():
+            loader.tell(say)
+
+    def evaluate(self, network: nn.Module, heed: Callable[[], None]) -> dict[str, float]:
+        assert isinstance(network, Network)
+        asked, wanted = self.features(network, "asked", heed)
+        figures = spread(asked)
+        if self.judged:
+            known, labels = self.features(network, "known", heed)
+            figures = {"knn_top1": knn_accuracy(known, labels, asked, wanted)} | figures
+        return figures
+
+    def features(
+        self, network: Network, part: str, heed: Callable[[], None]
+    ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
+        """The features of each image that can be read, in float32, and its class."""
+        vectors, labels, training = [], [], network.training
+        network.eval()
+        low = self.precision != torch.float32
+        with torch.inference_mode(), torch.autocast(self.world.device.type, self.precision if low else None, low):
+            for batch in self._read(part):
+                pixels, sizes = batch.pixels.to(self.world.device), batch.sizes
+                vectors.append(network.embed(pixels, sizes).float())
+                labels.append(batch.targets)
+                heed()
+        network.train(training)
+        require(bool(vectors), f"none of the images of {self.splits.source} that judge the features can be read")
+        return torch.cat(vectors), torch.cat(labels)
+
+    def _read(self, part: str) -> Iterator[Any]:
+        for _, batch, refused in self.loaders[part]:
+            for name, reason in refused:
+                if name not in self.refused:
+                    self.refused[name] = reason
+                    self.say(f"not judged by {printable(name)}: {printable(reason)}")
+            if batch is not None:
+                yield batch
+
+    def finished(self, outcome: Outcome, record: dict[str, Any]) -> Pretrained:
+        # Patience may have gone back to older weights, whose figures are known.
+        metrics = {name: outcome.metrics[name] for name in outcome.metrics}
+        refused = [name for name in self.refused if name in set(self.splits.val.samples.names)]
+        done = Pretrained(
+            self.folder.path,
+            "classify",
+            metrics,
+            {"evaluated": len(self.splits.val) - len(refused), "refused": len(refused)},
+            {"train": round(outcome.seconds, 2)},
+            outcome.findings,
+            self.recipe.objective,
+        )
+        if self.world.first:
+            record |= {
+                "status": "finished",
+                "steps": outcome.steps,
+                "epochs": outcome.steps / steps_per_epoch(len(self.splits.train), self.recipe.settings.batch_size),
+                "metrics": metrics,
+                "counts": dict(done.counts),
+                "seconds": dict(done.seconds),
+                "findings": [asdict(finding) for finding in done.findings],
+                "refused": {"train": sorted(outcome.refused.items()), "val": sorted(self.refused.items())},
+            }
+            network = outcome.network.to("cpu").eval()
+            labels = self.splits.train.classes if self.objective.labelled else ()
+            write_model(self.folder.path, network, self.recipe.preprocess, labels)
+            PretrainedReport(self.folder.path, network, self.recipe.preprocess, record).write()
+            pretrained_card(self.folder.path, record)
+            self.folder.write(record)
+        self.world.agree(None)  # nobody leaves before the files are there
+        return done
