@@ -55,7 +55,7 @@ class DecoupledSGD(torch.optim.SGD):
         super().__init__(groups, lr=lr, momentum=momentum)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"] if group["decoupled_decay"] else ():
