@@ -149,10 +149,10 @@ from sightline.network import create_model
 def resident(key):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
 
-load_bundle(sys.argv[1])
+load_bundle(sys.argv[1], num_heads=12)
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-network = load_bundle(sys.argv[2]).network
+network = load_bundle(sys.argv[2], num_heads=12).network
 print((resident("VmHWM") - before) * 1024, sum(p.nbytes for p in network.parameters()))
 """
 
