@@ -5,6 +5,7 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -275,6 +276,16 @@ def test_a_run_names_what_it_cannot_read_and_counts_it(kit, tmp_path, monkeypatc
     hits = sum(row[i] for i, row in enumerate(said.document["confusion"]))
     assert said.document["metrics"]["top1"] == pytest.approx(hits / 15)
     assert not list(tmp_path.glob("BADINPUT*"))
+
+
+def test_an_archive_for_an_image_is_told_what_to_do(tmp_path):
+    files = {"x.zip": badinputs.fixed_zip([("a.jpg", JPEG, None)])}
+    files["x.tar"] = badinputs.fixed_tar([("a.jpg", JPEG, b"0", "", None)])
+    files["x.tar.gz"] = gzip.compress(files["x.tar"])
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ImageError, match="is an archive, not an image; unpack it into a folder and name that"):
+            decode(tmp_path / name)
 
 
 def test_archives_of_the_kit(kit, tmp_path, monkeypatch):

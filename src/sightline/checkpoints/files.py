@@ -4,6 +4,7 @@ import ast
 import math
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sightline.checkpoints.archives import archive_of
 from sightline.checkpoints.sealed import SEAL, parse_json
-from sightline.checkpoints.torch_files import read_torch
+from sightline.checkpoints.torch_files import filled, read_torch
 from sightline.errors import UserError, printable, suggest
 
 SAFETENSORS, NPZ, TORCH = (".safetensors",), (".npz",), (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -37,6 +38,11 @@ class Contents:
     tensors: Mapping[str, Tensor]
     kind: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def mapped(self) -> bool:
+        """Whether tensors may lie in pages of the files themselves, which can be had again at any time."""
+        return self.kind != "npz"
 
 
 def read_tensors(path: Path) -> Contents:
@@ -196,7 +202,7 @@ def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
         raise ValueError("its header is not that of an array")
     shape, kind = header["shape"], header["descr"]
-    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape) or len(shape) > 8:
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 8:
         raise ValueError("its shape is not a few whole numbers")
     if not isinstance(kind, str) or not isinstance(header["fortran_order"], bool):
         raise ValueError("its type is not a plain one")
@@ -215,10 +221,18 @@ def _read_array(file: Any, size: int, where: str) -> Tensor:
         )
     if math.prod(shape) * kind.itemsize != size - file.tell():
         raise UserError(f"{where} claims {math.prod(shape)} values, which is not what the file holds")
-    values = np.frombuffer(bytearray(file.read()), dtype=kind)
-    values = values.reshape(shape, order="F" if columns_first else "C")
+    data = filled(file.readinto, math.prod(shape) * kind.itemsize, where)
+    if not kind.isnative:
+        data = data.view(-1, kind.itemsize).flip(1).flatten()
+    flat = data.view(_number(kind, where))
+    return flat.view(shape[::-1]).permute(*reversed(range(len(shape)))) if columns_first else flat.view(shape)
+
+
+def _number(kind: np.dtype, where: str) -> torch.dtype:
+    """The type of tensors that a type of arrays becomes. Raises UserError where there is none."""
     if kind.kind == "V" and kind.itemsize == 2:  # numpy has no bfloat16 and writes its two bytes as void
-        return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
-    if kind.kind not in "fiub":
-        raise UserError(f"{where} holds {printable(kind)}, not numbers")
-    return torch.from_numpy(np.ascontiguousarray(values.astype(kind.newbyteorder("="), copy=False)))
+        return torch.bfloat16
+    if kind.kind in "fiub":
+        with suppress(TypeError):
+            return torch.from_numpy(np.empty(0, kind.newbyteorder("="))).dtype
+    raise UserError(f"{where} holds {printable(kind)}, not numbers that a network has")

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
     "model.pth",
 )
+UNFORESEEN = "a value in config.json is of a kind that no such configuration has"
+"""What a reader says where it stumbles over a value that it should have named."""
+
 _FIRST = ("sightline", "timm")  # where names are of several layouts: theirs are the ones that others took over
 _HALF = (0.5, 0.5, 0.5)
 _BACKBONE = "backbone."
@@ -57,7 +61,8 @@ def load_bundle(
     stored = open_source(source)
     name, scheme = _scheme_of(stored)
     reading = _read(scheme, stored, request)
-    state = load(reading.rules, reading.found, reading.architecture.shapes())
+    found = replace(reading.found, mapped=stored.contents.mapped)
+    state = load(reading.rules, found, reading.architecture.shapes(), consume=True)
     pairs = tuple(
         (rule.ours, rule.theirs, tuple(tuple(reading.found.tensors[t].shape) for t in rule.theirs))
         for rule in reading.rules
@@ -116,6 +121,10 @@ def _read(scheme: Scheme, stored: Stored, request: Request) -> Reading:
         if stored.where in str(fault):
             raise
         raise UserError(f"{stored.where}: {fault}") from fault
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as fault:
+        if stored.config is None:
+            raise
+        raise UserError(f"{stored.where}: {UNFORESEEN}: {printable(fault, 120)}") from fault
 
 
 def _scheme_of(stored: Stored) -> tuple[str, Scheme]:
@@ -208,8 +217,13 @@ def _require_finite(network: Network, reading: Reading) -> None:
     with torch.no_grad():
         if finite(network(pixels)).all():
             return
-    found = reading.found
-    sizes = {name: float(found.tensors[name].abs().max()) for rule in reading.rules for name in rule.theirs}
+    found, state = reading.found, network.state_dict()
+    sizes = {
+        name: float(tensor.abs().max())
+        for rule in reading.rules
+        if state.keys() >= set(rule.ours)
+        for name, tensor in zip(rule.theirs, rule.save(*(state[ours] for ours in rule.ours)), strict=True)
+    }
     most = max(sizes, key=lambda name: sizes[name])
     raise UserError(
         f"{found.where}: the network's output is not finite, although its weights are; the largest ({sizes[most]:.1e}) "

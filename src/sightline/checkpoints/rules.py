@@ -1,5 +1,7 @@
 """A layout's table at work: the tensors of a checkpoint to our parameters, and back, with nothing left over."""
 
+import ctypes
+import mmap
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +19,8 @@ class Found:
     """The tensors of a checkpoint under the names that a scheme's rules use.
 
     `where` is the file in messages. On disk each name has `prefix` before it, unless it begins with one of `outside`,
-    and those in `disk` are called yet otherwise. `dropped` names, as on disk, what was left out knowingly.
+    and those in `disk` are called yet otherwise. `dropped` names, as on disk, what was left out knowingly. `mapped`
+    says that tensors which own no memory lie in a mapped file that nobody has written to.
     """
 
     where: str
@@ -26,6 +29,7 @@ class Found:
     disk: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    mapped: bool = False
 
     def on_disk(self, name: str) -> str:
         """A tensor as it is called on disk."""
@@ -36,21 +40,62 @@ class Found:
         return f"'{printable(self.on_disk(name))}'"
 
 
-def load(rules: Sequence[Rule], found: Found, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def load(
+    rules: Sequence[Rule], found: Found, shapes: Mapping[str, torch.Size], *, consume: bool = False
+) -> dict[str, Tensor]:
     """Our parameters, float32, from the tensors of a checkpoint.
 
-    `shapes` has an entry for every parameter of ours. Raises UserError that names, as on disk, every tensor that is
-    missing, superfluous, misshapen, or holds anything but finite floating-point numbers.
+    `shapes` has an entry for every parameter of ours. With `consume` the memory of a tensor that became another is
+    given back at once, so that no more than one of the two is held: only its shape is left. Raises UserError that
+    names, as on disk, every tensor that is missing, superfluous, misshapen, or holds anything but finite
+    floating-point numbers.
     """
     _assert_complete(rules, shapes)
     expected = {name: shape for rule in rules for name, shape in _on_disk(rule, shapes)}
     _refuse_misfits(found, expected)
     state: dict[str, Tensor] = {}
+    reserve = _Reserve(found.tensors.values(), found.mapped)
     for rule in rules:
         may_be_zero = any(map(_AT_ZERO.search, rule.ours))
+        given = [found.tensors[name] for name in rule.theirs]
         theirs = [as_float(found.tensors[n], found.named(n), found.where, may_be_zero) for n in rule.theirs]
-        state.update(zip(rule.ours, (t.contiguous() for t in rule.load(*theirs)), strict=True))
+        ours = [tensor.contiguous() for tensor in rule.load(*theirs)]
+        state.update(zip(rule.ours, ours, strict=True))
+        del theirs
+        if consume:
+            reserve.give_back(given, ours)
     return state
+
+
+class _Reserve:
+    """The memory of a checkpoint's tensors, to be given back when they have become ours."""
+
+    def __init__(self, tensors: Iterable[Tensor], mapped: bool):
+        self.mapped = mapped
+        self.used = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        self.kept: set[int] = set()
+
+    def give_back(self, given: Iterable[Tensor], ours: Iterable[Tensor]) -> None:
+        """Frees what nobody uses any more: storages of their own, and the pages of mapped files."""
+        same = {tensor.untyped_storage().data_ptr() for tensor in ours}
+        self.kept |= same
+        for tensor in given:
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr()
+            self.used[place] -= 1
+            if storage.resizable() and not self.used[place] and place not in self.kept:
+                storage.resize_(0)
+            elif self.mapped and not storage.resizable() and place not in same and tensor.is_contiguous():
+                _forget(tensor)
+
+
+def _forget(tensor: Tensor) -> None:
+    """Lets go of the pages within a tensor that lies in a mapped file; where they are needed, the file has them."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def save(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

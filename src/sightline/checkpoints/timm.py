@@ -155,12 +155,17 @@ def _arguments(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], t
         f"{printable(repr(counts[0]))} in model_args and {printable(repr(counts[-1]))} beside" if counts else ""
     )
     require(all(c == count for c in counts), f"{where}: num_classes in config.json is {contradiction}")
-    size = arguments.pop("img_size", None) or (pretrained.get("input_size") or (None,))[1:]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    whole = not size or (len(size) == 2 and all(isinstance(n, int) for n in size))
+    size = arguments.pop("img_size", None) or _behind_channels(pretrained.get("input_size"))
+    size = [size, size] if isinstance(size, int) else size
+    whole = isinstance(size, list) and (not size or (len(size) == 2 and all(isinstance(n, int) for n in size)))
     require(whole, f"{where}: the image size in config.json is not two whole numbers")
     pool = arguments.get("global_pool") or pretrained.get("global_pool")
-    return arguments | ({"global_pool": pool} if pool else {}), size or None, count
+    return arguments | ({"global_pool": pool} if pool else {}), tuple(size) or None, count
+
+
+def _behind_channels(size: Any) -> Any:
+    """The sides of an `input_size`; whatever is none stays as it is."""
+    return size[1:] if isinstance(size, list) else size or []
 
 
 def _labels(config: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...] | None:

@@ -103,7 +103,7 @@ class TimmViT(TimmLayout):
         told = {"global_pool": pool, "fc_norm": bool(final) and behind, "final_norm": bool(final) and not behind}
         patch = rest.pop("patch_size", None)
         if patch is not None:
-            told["patch_size"] = (patch, patch) if isinstance(patch, int) else tuple(patch)
+            told["patch_size"] = (patch, patch) if isinstance(patch, int) else patch
         activation = rest.pop("act_layer", None)
         if activation is not None:
             activation = str(activation).lower().replace("gelutanh", "gelu_tanh").replace("quickgelu", "quick_gelu")

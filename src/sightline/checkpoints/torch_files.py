@@ -1,11 +1,12 @@
 """Tensors out of PyTorch files: the pickle in them is read as data, and the numbers are mapped where they lie."""
 
+import ctypes
 import io
 import math
 import mmap
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sightline.schema import require
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher", "student")
 """Where training scripts put the weights beside their own state; averaged weights first, as timm takes them."""
 
+_PIECE = 2**20  # bytes that are read at once
 _DEEPEST = 8  # containers in one another
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file of PyTorch before 1.6 begins with
 
@@ -38,14 +40,30 @@ def read_torch(path: Path, size: int) -> tuple[dict[str, Tensor], str, tuple[str
         value, places = _archive(path, size, where) if zipped else _legacy(path, size, where)
         described, notes = _state_dict(value, where)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return _Numbers(mapped, places, where).tensors(described), "torch", notes
+        return _Numbers(file, mapped, places, where).tensors(described), "torch", notes
+
+
+def filled(readinto: Callable[[memoryview], int], size: int, what: str) -> Tensor:
+    """So many bytes in memory of their own, read piece by piece. Raises UserError where there are fewer."""
+    data, at = torch.empty(size, dtype=torch.uint8), 0
+    # Not through NumPy: what it has seen the memory of can no longer be given back before its time.
+    view = memoryview((ctypes.c_ubyte * size).from_address(data.data_ptr())).cast("B") if size else memoryview(b"")
+    while at < size:
+        got = readinto(view[at : at + _PIECE])
+        if not got:
+            raise UserError(f"{what} is cut off")
+        at += got
+    return data
 
 
 class _Numbers:
-    """A mapped file and the places of the storages in it; tensors that share one there share it here."""
+    """A mapped file and the places of the storages in it; tensors that share one there share it here.
 
-    def __init__(self, mapped: mmap.mmap, places: Mapping[str, Place], where: str):
-        self.mapped, self.places, self.where = mapped, places, where
+    What does not lie where its numbers may lie in memory is read instead, as in every file of PyTorch before 1.6.
+    """
+
+    def __init__(self, file: io.BufferedReader, mapped: mmap.mmap, places: Mapping[str, Place], where: str):
+        self.file, self.mapped, self.places, self.where = file, mapped, places, where
         self.read: dict[str, Tensor] = {}
 
     def tensors(self, described: Mapping[str, Described]) -> dict[str, Tensor]:
@@ -68,11 +86,14 @@ class _Numbers:
         fits = max(last + 1, count) * kind.itemsize <= length and length % kind.itemsize == 0
         require(fits, f"{what} claims more values than the file holds")
         if stored.key not in self.read:
-            data = torch.frombuffer(self.mapped, dtype=torch.uint8, count=length, offset=start) if length else None
-            self.read[stored.key] = torch.empty(0, dtype=torch.uint8) if data is None else data
-        data = self.read[stored.key]
-        aligned = data.data_ptr() % kind.itemsize == 0
-        return (data if aligned else data.clone()).view(kind).as_strided(size, stride, tensor.offset)
+            self.read[stored.key] = self._storage(start, length, stored.dtype.itemsize, what)
+        return self.read[stored.key].view(kind).as_strided(size, stride, tensor.offset)
+
+    def _storage(self, start: int, length: int, unit: int, what: str) -> Tensor:
+        if length and start % max(unit, 8) == 0:
+            return torch.frombuffer(self.mapped, dtype=torch.uint8, count=length, offset=start)
+        self.file.seek(start)
+        return filled(self.file.readinto, length, what)
 
 
 def _state_dict(found: Any, where: str) -> tuple[dict[str, Described], tuple[str, ...]]:

@@ -43,11 +43,11 @@ class Transformers(Library):
         else:
             layout, config, notes = self._named(stored), stored.config, ()
             found = _based(stored, layout)
-            _refuse_unknown(config, layout, where)
+            _refuse_odd(config, layout, where)
             told = layout.told({**layout.defaults, **config}, shapes_of(found))
             size = told.pop("image_size", None)
             headless = _kind(config, layout, where) in (layout.bare, *layout.headless)
-            told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout))
+            told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout), where)
 
         def tell(architecture: Architecture) -> tuple[Preprocess, tuple[str, ...] | None]:
             side = architecture.backbone.image_size
@@ -198,18 +198,46 @@ _TEXTUAL = {  # settings of text generation, which older releases wrote into eve
 _EMPTY = {"pruned_heads": ({}, [], None), "tf_legacy_loss": (False, None)}  # known, and harmless where they say nothing
 
 
-def _refuse_unknown(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> None:
-    """Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code."""
+LARGE = 2**40
+"""What no number in a configuration reaches; as one that is none (NaN) never lies below it."""
+
+
+def _refuse_odd(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> None:
+    """Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code.
+
+    Nor is a value of another kind than the usual one.
+    """
     for key, value in config.items():
         if key in _EMPTY:
             require(value in _EMPTY[key], f"{where}: '{key}' in config.json has no counterpart here")
         elif key not in layout.defaults and key not in layout.ignored and key not in _GENERIC and key not in _TEXTUAL:
             raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, layout.defaults)}")
+        elif key in layout.defaults and not _alike(key, value, layout.defaults[key]):
+            raise UserError(
+                f"{where}: '{printable(key)}' in config.json is {printable(repr(value), 60)}, and should be like "
+                f"{layout.defaults[key]!r}"
+            )
 
 
-def _classes(config: Mapping[str, Any], stored: int) -> int:
+def _alike(key: str, value: Any, usual: Any) -> bool:
+    """Whether a value is of the kind of the usual one: layouts compute with it before any schema sees it."""
+    if isinstance(usual, bool | str) or usual is None:
+        return usual is None or isinstance(value, type(usual))
+    size, several = key.endswith("_size"), isinstance(value, list | tuple)
+    if several != isinstance(usual, list | tuple) and not (several and size and len(value) == 2):
+        return False
+    numbers = value if several else [value]
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) and -LARGE < n < LARGE for n in numbers)
+    return plain and (not size or all(isinstance(n, int) and n > 0 for n in numbers))
+
+
+def _classes(config: Mapping[str, Any], stored: int, where: str) -> int:
     """The number of classes that a configuration names, if it does."""
     labels = config.get("id2label")
+    require(
+        labels is None or isinstance(labels, Mapping),
+        f"{where}: 'id2label' in config.json is no object of class numbers to names",
+    )
     return len(labels) if isinstance(labels, Mapping) else config.get("num_labels", stored)
 
 

@@ -234,7 +234,7 @@ def _read(path: Path, limits: Limits) -> bytes:
             status = os.fstat(file.fileno())
             _check_regular(status.st_mode)  # it may have changed hands, and a pipe would block
             limits.check_bytes(status.st_size)
-            _format(file.read(32))
+            _format(file.read(512))
             file.seek(0)
             return file.read(status.st_size)
     except OSError as error:
@@ -254,6 +254,8 @@ def _format(head: bytes) -> Format:
     for known in FORMATS.values():
         if known.begins(head):
             return known
+    if head.startswith((b"PK\3\4", b"\x1f\x8b")) or head[257:262] == b"ustar":
+        raise Refusal("it is an archive, not an image; unpack it into a folder and name that")
     raise Refusal(f"its content is none of {', '.join(FORMATS)}")
 
 

@@ -34,7 +34,7 @@ def from_timm(cfg: Mapping[str, Any], *, test_size: bool = False) -> Preprocess:
     if not isinstance(size, list | tuple) or len(size) != 3 or size[0] != 3:
         raise UserError(f"the timm configuration has input_size {printable(size)}; [3, height, width] is expected")
     mode = read("crop_mode", "center")
-    if mode not in _TIMM_MODES:
+    if not isinstance(mode, str) or mode not in _TIMM_MODES:
         raise UserError(f"the timm configuration has an unknown crop_mode '{printable(mode)}'")
     settings = {
         "size": size[1:],
@@ -46,7 +46,7 @@ def from_timm(cfg: Mapping[str, Any], *, test_size: bool = False) -> Preprocess:
         "std": read("std", IMAGENET_STD),
     }
     contract = Preprocess.from_json(settings)
-    red, green, blue = (max(0, min(255, round(255 * v))) for v in contract.mean)
+    red, green, blue = (round(255 * max(0, min(1, v))) for v in contract.mean)
     return contract.replace(fill=(red, green, blue)) if mode == "border" else contract
 
 
@@ -126,7 +126,7 @@ def from_transformers(config: Mapping[str, Any]) -> Preprocess:
     if not config.get("do_resize", True):
         raise UserError("the transformers configuration does not resize: images would keep their own sizes")
     resample = config.get("resample", known.resample)
-    if resample not in _RESAMPLE:
+    if not isinstance(resample, int) or resample not in _RESAMPLE:
         raise UserError(f"the transformers configuration has an unsupported resample {printable(resample)}")
     size = _sides(config.get("size", known.size), known.square)
     crop = _sides(config.get("crop_size", _square(224)), True) if config.get("do_center_crop", known.crop) else None
