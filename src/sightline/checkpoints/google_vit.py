@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sightline.checkpoints.measure import divides
-from sightline.checkpoints.timm_vit import into_class
+from sightline.checkpoints.timm_vit import into_class, rows_of_class
 from sightline.layout import Layout, Rule, Shapes, transposed
 
 
@@ -83,7 +83,8 @@ class GoogleViT(Layout):
         query = shapes.of(f"Transformer/encoderblock_0/{attention}/query/kernel", 3)
         hidden = shapes.of(f"Transformer/encoderblock_0/{mlp}/Dense_0/kernel", 2)
         positions = shapes.of(self.positions, 3)
-        token = "cls" in shapes
+        grid = None if image_size is None else (image_size[0] // kernel[0]) * (image_size[1] // kernel[1])
+        token = "cls" in shapes or (self.class_row and rows_of_class(positions[1], grid))
         return {
             "embed_dim": kernel[3],
             "in_chans": kernel[2],

@@ -13,6 +13,7 @@ from torch import Tensor
 from sightline.checkpoints import hub
 from sightline.checkpoints.files import MAX_CONFIG, SUFFIXES, read_json, read_sharded, read_tensors
 from sightline.checkpoints.hashes import require_hashes
+from sightline.checkpoints.nearest import lacking
 from sightline.checkpoints.rules import load
 from sightline.checkpoints.scheme import Bundle, Coverage, Reading, Request, Scheme, Stored, adjusted, numbered
 from sightline.checkpoints.sealed import SEAL
@@ -59,7 +60,7 @@ def load_bundle(
         image_size = _one_size(image_size, overrides.pop("img_size"))
     request = Request(architecture, _pair(image_size), _pair(source_size), num_classes, overrides)
     stored = open_source(source)
-    name, scheme = _scheme_of(stored)
+    name, scheme = _scheme_of(stored, architecture)
     reading = _read(scheme, stored, request)
     found = replace(reading.found, mapped=stored.contents.mapped)
     state = load(reading.rules, found, reading.architecture.shapes(), consume=True)
@@ -127,13 +128,15 @@ def _read(scheme: Scheme, stored: Stored, request: Request) -> Reading:
         raise UserError(f"{stored.where}: {UNFORESEEN}: {printable(fault, 120)}") from fault
 
 
-def _scheme_of(stored: Stored) -> tuple[str, Scheme]:
+def _scheme_of(stored: Stored, architecture: str | None) -> tuple[str, Scheme]:
     schemes: Mapping[str, Scheme] = table("checkpoints", "SCHEMES")
     matches = [(name, schemes[name]) for name in (*_FIRST, *schemes) if schemes[name].recognises(stored)]
     if matches:
         return matches[0]
     shown = ", ".join(f"'{printable(name)}'" for name in list(stored.contents.tensors)[:5])
-    raise UserError(f"{stored.where} is of no known layout ({', '.join(schemes)}); it holds tensors such as {shown}")
+    lack = lacking(stored, architecture)
+    holds = lack or f"it holds tensors such as {shown}"
+    raise UserError(f"{stored.where} is of no known layout ({', '.join(schemes)}); {holds}")
 
 
 def _adapted(

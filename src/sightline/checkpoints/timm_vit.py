@@ -62,7 +62,7 @@ class TimmViT(TimmLayout):
         registers = shapes.of("reg_token", 3)[1] if "reg_token" in shapes else 0
         rows = shapes.of("pos_embed", 3)[1] if "pos_embed" in shapes else None
         grid = None if image_size is None else (image_size[0] // kernel[2]) * (image_size[1] // kernel[3])
-        token = "cls_token" in shapes or (grid is not None and rows == grid + 1)
+        token = "cls_token" in shapes or rows_of_class(rows or 0, grid)
         prefix = int(token) + int(distillation)
         bare = _bare(rows or 0, prefix, grid, bool(registers))
         normed = bool({"norm_pre.weight", "norm_pre.bias"} & set(shapes))
@@ -216,6 +216,13 @@ def ratio(hidden: int, width: int) -> float:
     """A ratio whose product with `width`, cut to a whole number as timm does it, is `hidden`."""
     plain = hidden / width
     return plain if int(width * plain) == hidden else math.nextafter(plain, math.inf)
+
+
+def rows_of_class(rows: int, grid: int | None) -> bool:
+    """Whether a table has a row more than patches, so that a class token belongs to it even if none is there."""
+    if grid is not None and rows in (grid, grid + 1):
+        return rows == grid + 1
+    return rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1 and math.isqrt(rows) ** 2 != rows
 
 
 def _bare(rows: int, prefix: int, grid: int | None, registers: bool) -> bool:
