@@ -1,7 +1,7 @@
 """What every objective offers to the loop that runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +29,9 @@ class Objective(nn.Module, ABC):
     Config: ClassVar[Any] = NoConfig
     labelled: ClassVar[bool] = False
     """Whether it reads the labels of a batch."""
+
+    first: ClassVar[Mapping[str, str]] = {}
+    """Settings that name a model, and the objective that learns one first where the user names none."""
 
     network: Network
 

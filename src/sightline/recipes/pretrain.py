@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sightline.checkpoints.directory import write_model
 from sightline.datasets.loader import OrderedLoader
+from sightline.datasets.open import open_dataset
 from sightline.datasets.order import steps_per_epoch
 from sightline.datasets.split import Splits
 from sightline.datasets.unlabelled import open_images
@@ -24,14 +25,14 @@ from sightline.network import Network
 from sightline.objectives.objective import Objective
 from sightline.recipes.autopilot import sharing
 from sightline.recipes.classify import Trained
-from sightline.recipes.ingredients import made
+from sightline.recipes.ingredients import gathered, made
 from sightline.recipes.pretraining import chosen
 from sightline.recipes.recipe import Recipe, facts
 from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
 from sightline.registry import find
 from sightline.reports.card import pretrained_card
 from sightline.reports.pretrained import PretrainedReport
-from sightline.schema import require
+from sightline.schema import from_json, require
 from sightline.training.chart import Labels
 from sightline.training.distributed import World, join, leave
 from sightline.training.loop import Outcome
@@ -81,6 +82,10 @@ def pretrain(
     """
     began = time.monotonic()
     folder = RunFolder(Path(out) if out is not None else Path("runs") / f"{stem(data)}-{objective}")
+    same: dict[str, Any] = {"image_size": image_size, "device": device, "quiet": quiet}
+    options = dict(options or {}) | (
+        {} if resume else _learned_first(data, objective, options or {}, folder, same, settings)
+    )
     with ExitStack() as held:
         world = join(pick_device(device))
         held.callback(leave)
@@ -90,7 +95,6 @@ def pretrain(
                 record.get("task") == "pretrain", f"{folder.path} holds a run of `sightline train`: go on with that"
             )
             splits = open_images(record["data"]["source"], seed=record["seed"])
-            require_same_data(splits, record, folder)
             plan = Recipe.from_json(record["recipe"], str(folder.record_file))
             plan = plan.told({name: settings[name] for name in RETOLD if name in settings}, {})
             record["recipe"] = plan.to_json()
@@ -100,14 +104,51 @@ def pretrain(
             splits = open_images(data, seed=int(settings.get("seed", 0)))
             size = {} if image_size is None else {"image_size": image_size}
             plan = _planned(
-                splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options or {}
+                splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options
             )
             plan = sharing(plan, plan.architecture.build(), len(splits.train), world)
+        hold(held, folder, world, plan, resume=resume)
+        splits = gathered(plan, splits, folder.path, world.device)
+        if resume:
+            require_same_data(splits, record, folder)
         torch.manual_seed(plan.settings.seed)
         taught = plan.architecture.build()
-        ready, plan = made(plan, taught, splits, folder, world, quiet=quiet)
-        hold(held, folder, world, plan, resume=resume)
+        ready = made(plan, taught, splits, folder.path, world.device)
         return _Pretraining(folder, splits, plan, ready, world, quiet).go(resume, record, [], time.monotonic() - began)
+
+
+def _learned_first(
+    data: str | Path,
+    objective: str,
+    options: Mapping[str, Any],
+    folder: RunFolder,
+    same: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Models that an objective needs and that the user names none of, learned beside `folder` before it begins.
+
+    A run that was stopped goes on, and one that is finished is used as it is.
+    """
+    kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
+    told = {name: settings[name] for name in ("seed", "epochs", *RETOLD) if name in settings}
+    found: dict[str, Any] = {}
+    for option, other in kind.first.items():
+        if not options.get(option):
+            beside = RunFolder(folder.path.with_name(f"{folder.path.name}-{other}"))
+            found[option] = _finished(beside, data, other, {**same, **told})
+    rounds = int(options.get("rounds", 1))
+    if rounds > 1:
+        beside = RunFolder(folder.path.with_name(f"{folder.path.name}-round-{rounds - 1}"))
+        earlier = {**options, "rounds": rounds - 1}
+        found |= {"teacher": _finished(beside, data, objective, {**same, **told, "options": earlier}), "rounds": 1}
+    return found
+
+
+def _finished(beside: RunFolder, data: str | Path, objective: str, rest: Mapping[str, Any]) -> str:
+    begun = beside.record_file.is_file()
+    if not begun or beside.read().get("status") != "finished":
+        pretrain(data, objective=objective, out=beside.path, resume=begun, **rest)
+    return str(beside.path)
 
 
 def _planned(
@@ -122,14 +163,19 @@ def _planned(
 ) -> Recipe:
     """The recipe with what the user said in it. Raises UserError for what does not go together."""
     kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
-    classes = len(splits.train.classes)
+    taught = splits.train
+    if "labelled" in kind.Config.__dataclass_fields__:
+        require(bool(options.get("labelled")), f"{objective} needs the data with labels too: --labelled DATA")
+        taught = open_dataset(options["labelled"], seed=int(settings.get("seed", 0))).train
+    classes = len(taught.classes)
     if kind.labelled and not classes:
         raise UserError(f"{objective} learns from labels, and {splits.source} has none: put images into class folders")
-    known = facts(splits.train, int(settings.get("seed", 0)), reflections=classes > 0)
+    known = facts(taught, int(settings.get("seed", 0)), reflections=classes > 0)
     known = replace(known, classes=classes if kind.labelled else 0)
     plan = chosen(recipe, objective, known, model, network).told(settings, augment)
     require(plan.settings.patience is None or classes > 0, "patience needs labels to judge by, and there are none")
-    return replace(plan, options={**plan.options, **options})
+    config = from_json(kind.Config, {**plan.options, **options}, objective)
+    return replace(plan, options=vars(config))
 
 
 class _Pretraining(Run):
