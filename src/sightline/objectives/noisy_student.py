@@ -20,7 +20,7 @@ class NoisyStudentConfig(SupervisedConfig):
 
     `teacher` names a model that knows the classes, `labelled` the data with labels, as `train` takes it. Images of
     which the teacher is surer than `threshold` are taken, at most `per_class` for each class, those of rarer ones
-    several times; `kind` is whether its probabilities ("soft") or its answers ("hard") are learned. `rounds` repeats it,
+    several times; `kind` is whether its probabilities ("soft") or answers ("hard") are learned. `rounds` repeats it,
     each student being the next one's teacher. Raises UserError for values out of range.
     """
 
