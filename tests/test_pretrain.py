@@ -91,7 +91,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name, few, teacher, book, tmp_pa
     monkeypatch.setattr(Updater, "__call__", stopping)
     with pytest.raises(Interrupted):
         pretrain(few, out=tmp_path / "parts", **told)
-    again = pretrain("elsewhere", out=tmp_path / "parts", resume=True)
+    workers = 2 if name in ("dino", "beit") else 0  # processes of their own read what follows
+    again = pretrain("elsewhere", out=tmp_path / "parts", resume=True, workers=workers)
     assert again.metrics == whole.metrics
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -198,7 +199,7 @@ def test_every_objective_has_a_recipe(name):
     facts = Facts(900, 5 if kind.labelled else 0, (64, 64))
     recipe = chosen("small", name, facts, None, {})
     assert recipe.objective == name
-    assert recipe.from_json(recipe.to_json(), "here") == recipe
+    assert recipe.from_json(recipe.to_json(), "here").to_json() == recipe.to_json()
     if name in PUBLISHED:
         full = chosen("published", name, facts, None, {})
         assert full.architecture.backbone.image_size == (224, 224)

@@ -17,7 +17,7 @@ from sightline.images.masks import blockwise
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network
 from sightline.objectives.codebook import usage
-from sightline.objectives.masked_patch import plain
+from sightline.objectives.masked_patch import bound, plain
 from sightline.objectives.masking import headless, hidden_tokens, mask_token, require_one_token_each
 from sightline.objectives.objective import Objective
 from sightline.schema import require
@@ -123,7 +123,7 @@ class WithReading:
     size: tuple[int, int]
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"], key: int) -> tuple[Tensor, Tensor]:
-        pixels = self.augment.bind(self.preprocess)(image, key)
+        pixels = bound(self.augment, self.preprocess)(image, key)
         whole = plain(pixels, self.preprocess)[None]
         reduced = F.interpolate(whole, self.size, mode="bicubic", antialias=True, align_corners=False)
         return pixels, reduced[0].clamp(0, 1)

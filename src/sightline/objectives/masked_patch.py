@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sightline.images.augment import Augment
+from sightline.images.augment import Augment, Augmented
 from sightline.images.masks import noise
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network
@@ -107,6 +108,12 @@ class MaskedPatch(Objective):
         return x.scatter(1, repeat(places, "b k -> b k d", d=x.shape[2]), new)
 
 
+@lru_cache(maxsize=4)
+def bound(augment: Augment, preprocess: Preprocess) -> Augmented:
+    """The augmentation for one pixel contract, made once in each process."""
+    return augment.bind(preprocess)
+
+
 @dataclass(frozen=True)
 class WithColours:
     """An image varied, and the class of each patch's mean colour: a picklable function of (image, key)."""
@@ -117,7 +124,7 @@ class WithColours:
     patch: tuple[int, int]
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"], key: int) -> tuple[Tensor, Tensor]:
-        pixels = self.augment.bind(self.preprocess)(image, key)
+        pixels = bound(self.augment, self.preprocess)(image, key)
         return pixels, colours(plain(pixels, self.preprocess)[None], self.grid, self.patch)[0]
 
 

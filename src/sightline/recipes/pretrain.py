@@ -189,8 +189,9 @@ class _Pretraining(Run):
         super().__init__(folder, splits, recipe, objective, world, quiet)
         self.judged = len(splits.train.classes) > 1
         self.score = "knn_top1" if self.judged else "effective_rank"
-        rows = np.unique(np.linspace(0, len(splits.train) - 1, min(NEIGHBOURS, len(splits.train))).astype(int))
-        parts = {"known": splits.train.select(rows)} if self.judged else {}
+        labelled = np.flatnonzero(splits.train.targets >= 0)
+        even = np.linspace(0, len(labelled) - 1, min(NEIGHBOURS, len(labelled))).astype(int)
+        parts = {"known": splits.train.select(labelled[np.unique(even)])} if self.judged else {}
         self.loaders = {
             name: OrderedLoader(
                 images,
@@ -247,8 +248,7 @@ class _Pretraining(Run):
                 yield batch
 
     def finished(self, outcome: Outcome, record: dict[str, Any]) -> Pretrained:
-        # Patience may have gone back to older weights, whose figures are known.
-        metrics = {name: outcome.metrics[name] for name in outcome.metrics}
+        metrics = dict(outcome.metrics)
         refused = [name for name in self.refused if name in set(self.splits.val.samples.names)]
         done = Pretrained(
             self.folder.path,
