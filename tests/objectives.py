@@ -29,7 +29,7 @@ def words() -> Words:
     """An untrained codebook whose words differ."""
     network = create_model("dvae_small_4_32", 0, **WORDS)
     nn.init.normal_(network.backbone.output.weight, std=9.0)
-    return Words(network, Preprocess(SIZE, mean=(-0.125,) * 3, std=(1.25,) * 3))
+    return Words(network)
 
 
 def network_for(name: str, **settings) -> Network:

@@ -16,7 +16,7 @@ from sightline.images.augment import Augment
 from sightline.images.masks import blockwise
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network
-from sightline.objectives.codebook import usage
+from sightline.objectives.codebook import MEAN, STD, usage
 from sightline.objectives.masked_patch import bound, plain
 from sightline.objectives.masking import headless, hidden_tokens, mask_token, require_one_token_each
 from sightline.objectives.objective import Objective
@@ -45,7 +45,7 @@ class Words(nn.Module):
     `step` is how many pixels (rows, columns) make a word.
     """
 
-    def __init__(self, network: Network, preprocess: Preprocess):
+    def __init__(self, network: Network):
         super().__init__()
         if not isinstance(network.backbone, DVAE):
             raise UserError(
@@ -53,13 +53,9 @@ class Words(nn.Module):
             )
         self.network = network.requires_grad_(False).eval()
         self.vocabulary, self.step = network.backbone.width, network.architecture.backbone.patch_size
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(preprocess.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(preprocess.std)[:, None, None])
 
     def forward(self, pixels: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
-        return self.network.backbone((pixels - self.mean) / self.std).x.argmax(dim=-1)
+        return self.network.backbone((pixels - MEAN) / STD).x.argmax(dim=-1)
 
 
 class BEiT(Objective):

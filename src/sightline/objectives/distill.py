@@ -59,6 +59,10 @@ class Distill(Supervised):
         self.answers: Tensor
         self.register_buffer("answers", answers, persistent=False)
 
+    @property
+    def by_labels(self) -> bool:
+        return super().by_labels and self.config.kind == "hard"
+
     def forward(self, batch: Batch) -> Step:
         config, pixels = self.config, batch.pixels
         targets: Int[Tensor, " b"] | Float[Tensor, "b k"] = batch.targets

@@ -56,6 +56,10 @@ class NoisyStudent(Supervised):
         self.answers: Tensor
         self.register_buffer("answers", answers, persistent=False)
 
+    @property
+    def by_labels(self) -> bool:
+        return False  # most targets are a teacher's, and what it says of them is balanced
+
     def forward(self, batch: Batch) -> Step:
         return super().forward(batch._replace(targets=self.answers[batch.index]))
 

@@ -40,6 +40,11 @@ class Objective(nn.Module, ABC):
         """The loss of a batch, or of some of its samples, and figures to report."""
 
     @property
+    def by_labels(self) -> bool:
+        """Whether the loss is the cross-entropy of the labels, so that they tell what knowing nothing would cost."""
+        return False
+
+    @property
     def kept(self) -> Network:
         """The network that is weighed and kept: the one that learns, or a teacher that follows it."""
         return self.network

@@ -45,8 +45,7 @@ def made(recipe: Recipe, network: Network, splits: Splits, folder: Path, device:
     config: Any = from_json(kind.Config, recipe.options, recipe.objective)
     given: dict[str, Any] = {}
     if hasattr(config, "codebook"):
-        book = load(config.codebook)
-        given["words"] = Words(book.network, book.preprocess)
+        given["words"] = Words(load(config.codebook).network)
     if hasattr(config, "labelled"):
         given["answers"] = targets_of(_known(splits.train, config, folder, device), config.kind)
     elif hasattr(config, "teacher"):

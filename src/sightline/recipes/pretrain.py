@@ -205,7 +205,7 @@ class _Pretraining(Run):
         self.say: Callable[[str], None] = lambda line: None
 
     def labels(self) -> Labels | None:
-        return super().labels() if self.objective.labelled else None
+        return super().labels() if self.objective.by_labels else None
 
     def tell(self, say: Callable[[str], None]) -> None:
         self.say = say
