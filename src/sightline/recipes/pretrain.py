@@ -81,26 +81,26 @@ def pretrain(
     Raises UserError, WorkError, and Interrupted after a signal.
     """
     began = time.monotonic()
-    folder = RunFolder(Path(out) if out is not None else Path("runs") / f"{stem(data)}-{objective}")
-    same: dict[str, Any] = {"image_size": image_size, "device": device, "quiet": quiet}
-    options = dict(options or {}) | (
-        {} if resume else _learned_first(data, objective, options or {}, folder, same, settings)
-    )
+    folder = home(data, objective, out)
+    options = dict(options or {})
+    if not resume:
+        folder.require_fresh()
+        machine = {"device": device, "quiet": quiet}
+        told = {"model": model, "image_size": image_size, "recipe": recipe, "network": network, "augment": augment}
+        options |= _learned_first(data, objective, options, folder, machine, {**told, **settings})
     with ExitStack() as held:
         world = join(pick_device(device))
         held.callback(leave)
         if resume:
             record = folder.read()
-            require(
-                record.get("task") == "pretrain", f"{folder.path} holds a run of `sightline train`: go on with that"
-            )
+            ours = record.get("task") == "pretrain"
+            require(ours, f"{printable(folder.path)} holds a run of `sightline train`: go on with that")
             splits = open_images(record["data"]["source"], seed=record["seed"])
             plan = Recipe.from_json(record["recipe"], str(folder.record_file))
             plan = plan.told({name: settings[name] for name in RETOLD if name in settings}, {})
             record["recipe"] = plan.to_json()
         else:
             record = {}
-            folder.require_fresh()
             splits = open_images(data, seed=int(settings.get("seed", 0)))
             size = {} if image_size is None else {"image_size": image_size}
             plan = _planned(
@@ -117,34 +117,40 @@ def pretrain(
         return _Pretraining(folder, splits, plan, ready, world, quiet).go(resume, record, [], time.monotonic() - began)
 
 
+def home(data: str | Path, objective: str, out: str | Path | None) -> RunFolder:
+    """The folder of a run: `out`, or one that is named after data and objective."""
+    return RunFolder(Path(out) if out is not None else Path("runs") / f"{stem(data)}-{objective}")
+
+
 def _learned_first(
     data: str | Path,
     objective: str,
     options: Mapping[str, Any],
     folder: RunFolder,
-    same: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    told: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Models that an objective needs and that the user names none of, learned beside `folder` before it begins.
 
     A run that was stopped goes on, and one that is finished is used as it is.
     """
     kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
-    told = {name: settings[name] for name in ("seed", "epochs", *RETOLD) if name in settings}
+    config: Any = from_json(kind.Config, options, objective)
     found: dict[str, Any] = {}
     for option, other in kind.first.items():
         if not options.get(option):
-            beside = RunFolder(folder.path.with_name(f"{folder.path.name}-{other}"))
-            found[option] = _finished(beside, data, other, {**same, **told})
-    rounds = int(options.get("rounds", 1))
-    if rounds > 1:
-        beside = RunFolder(folder.path.with_name(f"{folder.path.name}-round-{rounds - 1}"))
-        earlier = {**options, "rounds": rounds - 1}
-        found |= {"teacher": _finished(beside, data, objective, {**same, **told, "options": earlier}), "rounds": 1}
+            few = {name: told[name] for name in ("seed", "epochs", "image_size", *RETOLD) if name in told}
+            found[option] = _finished(folder, other, data, other, {**machine, **few})
+    for number in range(1, getattr(config, "rounds", 1)):
+        found["rounds"] = 1
+        earlier = {**told, "options": {**options, **found}}
+        found["teacher"] = _finished(folder, f"round-{number}", data, objective, {**machine, **earlier})
     return found
 
 
-def _finished(beside: RunFolder, data: str | Path, objective: str, rest: Mapping[str, Any]) -> str:
+def _finished(folder: RunFolder, what: str, data: str | Path, objective: str, rest: Mapping[str, Any]) -> str:
+    """The model directory of a run beside a folder, which is begun, or gone on with, where it is not finished."""
+    beside = RunFolder(folder.path.with_name(f"{folder.path.name}-{what}"))
     begun = beside.record_file.is_file()
     if not begun or beside.read().get("status") != "finished":
         pretrain(data, objective=objective, out=beside.path, resume=begun, **rest)
