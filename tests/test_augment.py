@@ -1,5 +1,7 @@
 """Augmentation and mixing: pure functions of their keys, and of nothing else."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torchvision.transforms import v2
 
 from sightline.errors import UserError
 from sightline.images.augment import Augment, sample_key, sample_keys
+from sightline.images.crops import Crops
 from sightline.images.mix import mix
 from sightline.images.preprocess import Preprocess
 
@@ -38,6 +41,7 @@ KINDS = {
     "colour": Augment(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.2),
     "randaugment": Augment(randaugment=2, randaugment_magnitude=15),
     "erasing": Augment(erasing=1.0),
+    "views": Augment(brightness=0.4, jitter=0.8, grey=0.5, blur=0.5, solarize=0.5),
 }
 
 
@@ -63,6 +67,29 @@ def test_pure_function_of_image_and_key(name):
     assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
     if name != "nothing":
         assert len({r.numpy().tobytes() for r in results.values()}) > 1
+
+
+def test_views_by_hand():
+    plain, half = Preprocess(size=(2, 2), mean=(0.0,) * 3, std=(1.0,) * 3), np.zeros((2, 2, 3), dtype=np.uint8)
+    half[0] = (10, 128, 200)
+    solarized = Augment(solarize=1.0).bind(plain)(half, 1)
+    assert torch.round(solarized[:, 0, 0] * 255).tolist() == [10, 127, 55]
+    grey = Augment(grey=1.0).bind(plain)(half, 1)
+    assert torch.equal(grey[0], grey[1])
+    assert float(grey[0, 0, 0]) * 255 == pytest.approx(0.299 * 10 + 0.587 * 128 + 0.114 * 200, abs=1)
+    blurred = Augment(blur=1.0).bind(plain.replace(size=(64, 64), resize="squash"))(image(64, 64), 1)
+    assert blurred.std() < Augment().bind(plain.replace(size=(64, 64)))(image(64, 64), 1).std()
+
+
+def test_many_views_of_an_image_each_follow_from_its_key():
+    see = Crops((0.5, 1.0), (0.1, 0.3), 3, (12, 10)).bind(Augment(), PLAIN)
+    first, second, local = see(image(), 7)
+    assert (first.shape, second.shape, local.shape) == ((3, 29, 23), (3, 29, 23), (3, 3, 12, 10))
+    again = pickle.loads(pickle.dumps(see))(image(), 7)
+    assert all(torch.equal(a, b) for a, b in zip((first, second, local), again, strict=True))
+    assert not torch.equal(local[0], local[1])
+    assert not torch.equal(first, see(image(), 8)[0])
+    assert len(Crops(count=0).bind(Augment(), PLAIN)(image(), 7)) == 2
 
 
 def test_global_random_state_is_left_alone():

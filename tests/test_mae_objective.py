@@ -92,3 +92,37 @@ def test_where_it_cannot_work_it_says_why():
         MAE(create_model("vit_pico_patch4_32", 0, tokenizer="convolution"))
     with pytest.raises(UserError, match="leaves none of 4 patches"):
         MAE(create_model("vit_pico_patch4_32", 0, image_size=8))
+
+
+def test_the_loss_is_that_of_transformers(tmp_path):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48}
+    decoder = {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    theirs = ViTMAEForPreTraining(
+        ViTMAEConfig(image_size=24, patch_size=8, norm_pix_loss=True, decoder_intermediate_size=32, **sizes, **decoder)
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    network = load_bundle(tmp_path).network
+    objective = MAE(network, MAEConfig(decoder_dim=8, decoder_depth=1, decoder_heads=2)).eval()
+    found = {name.removeprefix("decoder."): t for name, t in theirs.state_dict().items() if name.startswith("decoder.")}
+    state = {"mask_token": found["mask_token"], "positions.table": found["decoder_pos_embed"]}
+    layers = {"attention.out": "attention.o_proj", "norm1": "layernorm_before", "norm2": "layernorm_after"}
+    for part in ("weight", "bias"):
+        state |= {f"{ours}.{part}": found[f"{name}.{part}"] for ours, name in THEIRS.items()}
+        for ours, name in (layers | {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}).items():
+            state[f"encoder.blocks.0.{ours}.{part}"] = found[f"decoder_layers.0.{name}.{part}"]
+        rows = [found[f"decoder_layers.0.attention.{which}_proj.{part}"] for which in "qkv"]
+        state[f"encoder.blocks.0.attention.qkv.{part}"] = torch.cat(rows)
+    objective.decoder.load_state_dict(state)
+    for norm in objective.decoder.modules():  # transformers has an epsilon of its own in the decoder too
+        if isinstance(norm, torch.nn.LayerNorm):
+            norm.eps = theirs.config.layer_norm_eps
+    pixels, drawn = torch.randn(2, 3, 24, 24), torch.rand(2, 9)
+    with torch.no_grad():
+        answer = theirs(pixels, noise=drawn)
+        step, painted = objective.painted(pixels, drawn)
+    close(painted, answer.logits)
+    close(step.loss[None], answer.loss[None])

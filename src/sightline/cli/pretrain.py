@@ -90,11 +90,19 @@ def run(request: argparse.Namespace) -> int:
         if speaks():
             words = ["sightline", "pretrain", request.data, "--objective", request.objective]
             words += [*(["--out", request.out] if request.out else []), "--resume"]
-            print(f"sightline: {stop}. Go on with: {shlex.join(words)}", file=sys.stderr)
+            how = shlex.join(words) if begun(request) else "the same command, which finds what it had learned first"
+            print(f"sightline: {stop}. Go on with: {how}", file=sys.stderr)
         return stop.status
     if speaks():
         _report(done, request.json)
     return 0
+
+
+def begun(request: argparse.Namespace) -> bool:
+    """Whether the run itself had begun, or still what it needs, a codebook or an earlier teacher, beside it."""
+    from sightline.recipes.pretrain import home
+
+    return home(request.data, request.objective, request.out).record_file.is_file()
 
 
 def _report(done: Any, as_json: bool) -> None:

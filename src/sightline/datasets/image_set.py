@@ -115,14 +115,14 @@ class Samples(Sequence[Sample]):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with their classes: `classes[sample.target]` is the class of each sample; no classes, no labels."""
+    """Images with their classes: `classes[sample.target]` is the class of each sample, -1 for one without a label."""
 
     classes: tuple[str, ...]
     samples: Samples
 
     def __post_init__(self) -> None:
-        targets, lowest = self.samples.targets, 0 if self.classes and self.samples.marks is None else -1
-        assert not len(targets) or (targets.min() >= lowest and targets.max() < len(self.classes))
+        targets = self.samples.targets
+        assert not len(targets) or (targets.min() >= -1 and targets.max() < len(self.classes))
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -31,7 +31,9 @@ class Augment:
     to ±`translate` (a fraction of each side), `zoom` factors, shear up to ±`shear` degrees. Elastic deformation
     displaces by fields of strength `elastic_alpha`, smoothed with `elastic_sigma` (both in pixels). RandAugment
     (arXiv 1909.13719) draws `randaugment` operations of magnitude `randaugment_magnitude` (0 to 30). Colour jitter
-    varies `brightness`, `contrast` and `saturation` by ± a fraction and `hue` by up to 0.5. Random erasing (arXiv
+    varies `brightness`, `contrast` and `saturation` by ± a fraction and `hue` by up to 0.5, with probability `jitter`.
+    `grey`, `blur` (Gaussian, deviation 0.1 to 2 at 224 pixels and in proportion) and `solarize` (values from 128 on are
+    inverted) are probabilities (arXiv 2006.07733, appendix B). Random erasing (arXiv
     1708.04896) sets a rectangle of 2 to 33 % to the mean colour. Raises UserError for a setting out of its range.
     """
 
@@ -53,6 +55,10 @@ class Augment:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    jitter: float = 1.0
+    grey: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
     erasing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -117,7 +123,17 @@ class Augment:
         if self.randaugment:
             operations.append(v2.RandAugment(self.randaugment, self.randaugment_magnitude, interpolation=bilinear))
         if self.brightness or self.contrast or self.saturation or self.hue:
-            operations.append(_single(v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)))
+            jitter = _single(v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue))
+            operations.append(jitter if self.jitter == 1 else _sometimes(self.jitter, jitter))
+        if self.grey:
+            operations.append(_sometimes(self.grey, v2.Grayscale(3)))
+        if self.blur:
+            side = min(preprocess.size) / 224
+            kernel = max(2 * round(4 * side) + 1, 3)
+            deviations = max(0.1 * side, 0.05), max(2.0 * side, 0.1)
+            operations.append(_sometimes(self.blur, _single(v2.GaussianBlur(kernel, deviations))))
+        if self.solarize:
+            operations.append(_sometimes(self.solarize, _solarized))
         return operations
 
     def to_json(self) -> dict[str, Any]:
@@ -182,6 +198,14 @@ def _single(transform: Any) -> Callable[[Tensor], Tensor]:
     return lambda image: transform.transform(image, transform.make_params([image]))
 
 
+def _sometimes(probability: float, operation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda image: operation(image) if torch.rand(()) < probability else image
+
+
+def _solarized(image: Tensor) -> Tensor:
+    return torch.where(image < 128, image, 255 - image)
+
+
 def _flip(probability: float, axis: int) -> Callable[[Tensor], Tensor]:
     return lambda image: image.flip(axis) if torch.rand(()) < probability else image
 
@@ -239,6 +263,10 @@ _SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "contrast": _range(0, 1),
     "saturation": _range(0, 1),
     "hue": _range(0, 0.5),
+    "jitter": _range(0, 1),
+    "grey": _range(0, 1),
+    "blur": _range(0, 1),
+    "solarize": _range(0, 1),
     "erasing": _range(0, 1),
 }
 

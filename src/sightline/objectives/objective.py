@@ -1,7 +1,7 @@
 """What every objective offers to the loop that runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,11 +30,19 @@ class Objective(nn.Module, ABC):
     labelled: ClassVar[bool] = False
     """Whether it reads the labels of a batch."""
 
+    first: ClassVar[Mapping[str, str]] = {}
+    """Settings that name a model, and the objective that learns one first where the user names none."""
+
     network: Network
 
     @abstractmethod
     def forward(self, batch: Batch) -> Step:
         """The loss of a batch, or of some of its samples, and figures to report."""
+
+    @property
+    def by_labels(self) -> bool:
+        """Whether the loss is the cross-entropy of the labels, so that they tell what knowing nothing would cost."""
+        return False
 
     @property
     def kept(self) -> Network:

@@ -58,6 +58,10 @@ class Supervised(Objective):
         if config.loss == "sigmoid" and not bool(classifier.weight.any()):
             torch.nn.init.constant_(classifier.bias, -math.log(classifier.out_features))
 
+    @property
+    def by_labels(self) -> bool:
+        return self.config.loss == "softmax"
+
     def forward(self, batch: Batch) -> Step:
         config = self.config
         if not (self.training and (config.smoothing or config.mixup or config.cutmix)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sightline.checkpoints.directory import write_model
 from sightline.datasets.loader import OrderedLoader
+from sightline.datasets.open import open_dataset
 from sightline.datasets.order import steps_per_epoch
 from sightline.datasets.split import Splits
 from sightline.datasets.unlabelled import open_images
@@ -23,7 +24,7 @@ from sightline.evaluation.knn import knn_accuracy
 from sightline.network import Network
 from sightline.objectives.objective import Objective
 from sightline.recipes.autopilot import sharing
-from sightline.recipes.ingredients import made
+from sightline.recipes.ingredients import gathered, made
 from sightline.recipes.pretraining import chosen
 from sightline.recipes.recipe import Recipe, facts
 from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
@@ -31,7 +32,7 @@ from sightline.recipes.train import Trained
 from sightline.registry import find
 from sightline.reports.card import pretrained_card
 from sightline.reports.pretrained import PretrainedReport
-from sightline.schema import require
+from sightline.schema import from_json, require
 from sightline.training.chart import Labels
 from sightline.training.distributed import World, join, leave
 from sightline.training.loop import Outcome
@@ -80,34 +81,80 @@ def pretrain(
     Raises UserError, WorkError, and Interrupted after a signal.
     """
     began = time.monotonic()
-    folder = RunFolder(Path(out) if out is not None else Path("runs") / f"{stem(data)}-{objective}")
+    folder = home(data, objective, out)
+    options = dict(options or {})
+    if not resume:
+        folder.require_fresh()
+        machine = {"device": device, "quiet": quiet}
+        told = {"model": model, "image_size": image_size, "recipe": recipe, "network": network, "augment": augment}
+        options |= _learned_first(data, objective, options, folder, machine, {**told, **settings})
     with ExitStack() as held:
         world = join(pick_device(device))
         held.callback(leave)
         if resume:
             record = folder.read()
-            require(
-                record.get("task") == "pretrain", f"{folder.path} holds a run of `sightline train`: go on with that"
-            )
+            ours = record.get("task") == "pretrain"
+            require(ours, f"{printable(folder.path)} holds a run of `sightline train`: go on with that")
             splits = open_images(record["data"]["source"], seed=record["seed"])
-            require_same_data(splits, record, folder)
             plan = Recipe.from_json(record["recipe"], str(folder.record_file))
             plan = plan.told({name: settings[name] for name in RETOLD if name in settings}, {})
             record["recipe"] = plan.to_json()
         else:
             record = {}
-            folder.require_fresh()
             splits = open_images(data, seed=int(settings.get("seed", 0)))
             size = {} if image_size is None else {"image_size": image_size}
             plan = _planned(
-                splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options or {}
+                splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options
             )
             plan = sharing(plan, plan.architecture.build(), len(splits.train), world)
+        hold(held, folder, world, plan, resume=resume)
+        splits = gathered(plan, splits, folder.path, world.device)
+        if resume:
+            require_same_data(splits, record, folder)
         torch.manual_seed(plan.settings.seed)
         taught = plan.architecture.build()
-        ready, plan = made(plan, taught, splits, folder, world, quiet=quiet)
-        hold(held, folder, world, plan, resume=resume)
+        ready = made(plan, taught, splits, folder.path, world.device)
         return _Pretraining(folder, splits, plan, ready, world, quiet).go(resume, record, [], time.monotonic() - began)
+
+
+def home(data: str | Path, objective: str, out: str | Path | None) -> RunFolder:
+    """The folder of a run: `out`, or one that is named after data and objective."""
+    return RunFolder(Path(out) if out is not None else Path("runs") / f"{stem(data)}-{objective}")
+
+
+def _learned_first(
+    data: str | Path,
+    objective: str,
+    options: Mapping[str, Any],
+    folder: RunFolder,
+    machine: Mapping[str, Any],
+    told: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Models that an objective needs and that the user names none of, learned beside `folder` before it begins.
+
+    A run that was stopped goes on, and one that is finished is used as it is.
+    """
+    kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
+    config: Any = from_json(kind.Config, options, objective)
+    found: dict[str, Any] = {}
+    for option, other in kind.first.items():
+        if not options.get(option):
+            few = {name: told[name] for name in ("seed", "epochs", "image_size", *RETOLD) if name in told}
+            found[option] = _finished(folder, other, data, other, {**machine, **few})
+    for number in range(1, getattr(config, "rounds", 1)):
+        found["rounds"] = 1
+        earlier = {**told, "options": {**options, **found}}
+        found["teacher"] = _finished(folder, f"round-{number}", data, objective, {**machine, **earlier})
+    return found
+
+
+def _finished(folder: RunFolder, what: str, data: str | Path, objective: str, rest: Mapping[str, Any]) -> str:
+    """The model directory of a run beside a folder, which is begun, or gone on with, where it is not finished."""
+    beside = RunFolder(folder.path.with_name(f"{folder.path.name}-{what}"))
+    begun = beside.record_file.is_file()
+    if not begun or beside.read().get("status") != "finished":
+        pretrain(data, objective=objective, out=beside.path, resume=begun, **rest)
+    return str(beside.path)
 
 
 def _planned(
@@ -122,14 +169,19 @@ def _planned(
 ) -> Recipe:
     """The recipe with what the user said in it. Raises UserError for what does not go together."""
     kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
-    classes = len(splits.train.classes)
+    taught = splits.train
+    if "labelled" in kind.Config.__dataclass_fields__:
+        require(bool(options.get("labelled")), f"{objective} needs the data with labels too: --labelled DATA")
+        taught = open_dataset(options["labelled"], seed=int(settings.get("seed", 0))).train
+    classes = len(taught.classes)
     if kind.labelled and not classes:
         raise UserError(f"{objective} learns from labels, and {splits.source} has none: put images into class folders")
-    known = facts(splits.train, int(settings.get("seed", 0)), reflections=classes > 0)
+    known = facts(taught, int(settings.get("seed", 0)), reflections=classes > 0)
     known = replace(known, classes=classes if kind.labelled else 0)
     plan = chosen(recipe, objective, known, model, network).told(settings, augment)
     require(plan.settings.patience is None or classes > 0, "patience needs labels to judge by, and there are none")
-    return replace(plan, options={**plan.options, **options})
+    config = from_json(kind.Config, {**plan.options, **options}, objective)
+    return replace(plan, options=vars(config))
 
 
 class _Pretraining(Run):
@@ -143,8 +195,9 @@ class _Pretraining(Run):
         super().__init__(folder, splits, recipe, objective, world, quiet)
         self.judged = len(splits.train.classes) > 1
         self.score = "knn_top1" if self.judged else "effective_rank"
-        rows = np.unique(np.linspace(0, len(splits.train) - 1, min(NEIGHBOURS, len(splits.train))).astype(int))
-        parts = {"known": splits.train.select(rows)} if self.judged else {}
+        labelled = np.flatnonzero(splits.train.targets >= 0)
+        even = np.linspace(0, len(labelled) - 1, min(NEIGHBOURS, len(labelled))).astype(int)
+        parts = {"known": splits.train.select(labelled[np.unique(even)])} if self.judged else {}
         self.loaders = {
             name: OrderedLoader(
                 images,
@@ -158,7 +211,7 @@ class _Pretraining(Run):
         self.say: Callable[[str], None] = lambda line: None
 
     def labels(self) -> Labels | None:
-        return super().labels() if self.objective.labelled else None
+        return super().labels() if self.objective.by_labels else None
 
     def tell(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -201,8 +254,7 @@ class _Pretraining(Run):
                 yield batch
 
     def finished(self, outcome: Outcome, record: dict[str, Any]) -> Pretrained:
-        # Patience may have gone back to older weights, whose figures are known.
-        metrics = {name: outcome.metrics[name] for name in outcome.metrics}
+        metrics = dict(outcome.metrics)
         refused = [name for name in self.refused if name in set(self.splits.val.samples.names)]
         done = Pretrained(
             self.folder.path,

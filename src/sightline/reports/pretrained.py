@@ -22,7 +22,8 @@ _NAMES = {
     "feature_std": "deviation of the features (1: even in all directions, 0: all the same)",
     "baseline": "loss of an answer that does not look at the image",
     "teacher_entropy": "entropy of the teacher, as a share of the largest",
-    "prototype_use": "prototypes in use, as a share of all",
+    "prototype_perplexity": "prototypes in use, by the exponential of the entropy",
+    "codebook_perplexity": "entries of the codebook in use, by the exponential of the entropy",
     "codebook_use": "entries of the codebook in use, as a share of all",
     "accuracy": "share of right answers in training",
 }

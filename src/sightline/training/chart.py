@@ -105,7 +105,9 @@ class Chart:
     `moves` are the measured shares by which updates changed the kernels, each with the number of losses before it, and
     `pace` is the largest of them per unit of learning rate. `likeness` sums, over batches of suspected labels: images,
     those whose most similar neighbour in the batch has their label, how many chance would make it, and the variance of
-    that. `still` are the heads out of work at the last two looks.
+    that. `still` are the heads out of work at the last two looks. Of a run without labels, `baselines` are the losses
+    of answering without looking at what is asked for, `spreads` deviation and effective rank of the features at each
+    look, `assignments` the teacher's entropy and how many prototypes it uses, `words` how many of a codebook are used.
     """
 
     settings: Settings
@@ -122,6 +124,10 @@ class Chart:
     likeness: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     still: list[set[tuple[str, int, str]]] = field(default_factory=lambda: [set(), set()])
     left_out: list[str] = field(default_factory=list)
+    baselines: list[float] = field(default_factory=list)
+    spreads: list[tuple[float, float]] = field(default_factory=list)
+    assignments: list[tuple[float, float]] = field(default_factory=list)
+    words: list[float] = field(default_factory=list)
     _rates: float = 0.0
     _rated: int = 0
 
@@ -136,6 +142,14 @@ class Chart:
         if "likeness" in record:
             a, b, c, d = (old + new for old, new in zip(self.likeness, record["likeness"], strict=True))
             self.likeness = a, b, c, d
+        if "feature_std" in record:
+            self.spreads.append((record["feature_std"], record["effective_rank"]))
+        if "teacher_entropy" in record:
+            self.assignments.append((record["teacher_entropy"], record["prototype_perplexity"]))
+        if "codebook_perplexity" in record:
+            self.words.append(record["codebook_perplexity"])
+        if isfinite(record.get("baseline", float("nan"))):
+            self.baselines.append(record["baseline"])
         if "left_out" in record:
             self.left_out = list(record["left_out"])
         if "lr" in record:
@@ -162,11 +176,18 @@ class Chart:
     @property
     def learnable(self) -> bool:
         """Whether it is known what there is to learn, and it is something."""
-        return self.labels is not None and len(self.losses) >= WINDOW and self.scale[0] - self.scale[1] > 1e-6
+        known = self.labels is not None or bool(self.baselines)
+        return known and len(self.losses) >= WINDOW and self.scale[0] - self.scale[1] > 1e-6
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The losses of knowing nothing and of knowing everything; without labels, that of the first batches, and 0."""
+        """The losses of knowing nothing and of knowing everything.
+
+        Without labels the first is what the objective calls its baseline or else the loss of the first batches, and the
+        second is 0.
+        """
+        if self.labels is None and self.baselines:
+            return fmean(self.baselines[-WINDOW:]), 0.0
         if self.labels is None:
             return fmean(self.losses[:5] or [0.0]), 0.0
         return self.labels.chance(self.settings.smoothing)

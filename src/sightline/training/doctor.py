@@ -13,6 +13,7 @@ from torch import Tensor
 from sightline.device import out_of_memory
 from sightline.network import Network
 from sightline.training.chart import Chart, Finding, Labels
+from sightline.training.collapse import COLLAPSES
 from sightline.training.schedule import Plan
 from sightline.training.settings import Settings
 from sightline.training.symptoms import AT_BATCHES, AT_EVALUATIONS, AT_ONCE, COMPARED, Rule, patch_too_large
@@ -61,6 +62,7 @@ class Doctor:
     def hear(self, record: Mapping[str, Any]) -> None:
         """One line of the journal."""
         self.chart.take(record)
+        self._apply(COLLAPSES)
         self._apply(AT_EVALUATIONS if "val_loss" in record else AT_BATCHES)
 
     def measures(self, step: int) -> bool:
@@ -69,6 +71,10 @@ class Doctor:
             return True
         plan = self.chart.plan
         return step > 0 and step % APART == 0 and int(PLACES * plan.at(step)) > int(PLACES * plan.at(step - APART))
+
+    def watches(self, step: int) -> bool:
+        """Whether the features are to be looked at before update `step`, where no labels say what is learned."""
+        return self.chart.labels is None and (step == 0 or self.measures(step))
 
     def measure(self, network: Network, before: Sequence[Tensor], batch: Batch, rate: float) -> dict[str, Any]:
         """What an update at a learning rate did to the kernels, and how the heads do; figures for the journal.

@@ -26,7 +26,7 @@ from sightline.training.snapshot import expected_size, restore, snapshot
 from sightline.training.state import State, Store
 from sightline.training.symptoms import UNSAID
 from sightline.training.update import Update, Updater
-from sightline.training.vitals import kernels
+from sightline.training.vitals import kernels, spread_of
 from sightline.types import Batch
 
 Batches = Iterable[tuple[int, Batch | None, Sequence[tuple[str, str]]]]
@@ -219,6 +219,8 @@ class Loop:
         before = self.updater.micro_batch
         lr, self.doctor.chart.plan = self.settings.lr * rate(self.settings, progress), self.state.plan
         old = kernels(self.network) if self.world.first and self.doctor.measures(step) else None
+        if self.world.first and self.doctor.watches(step):
+            self.journal.record(step, **spread_of(self.network, batch))
         update = self.updater(batch, step, lr, progress)
         if old is not None and update.finite:
             self.journal.record(step + 1, **self.doctor.measure(self.network, old, batch, lr))
@@ -259,7 +261,8 @@ class Loop:
         if self.doctor.suspicious:
             self.journal.record(step + 1, **self.doctor.compare(batch))
         self.journal.advance(step + 1, self.state.plan.total, loss, speed)
-        self.pulse = f"loss {loss:.3f}  {speed:,.0f} images/s"
+        watched = "" if self.task.labels else "".join(f"  {name} {value:.3g}" for name, value in figures.items())
+        self.pulse = f"loss {loss:.3f}{watched}  {speed:,.0f} images/s"
 
     def _replan(self, before: float) -> None:
         """Measures the pace since this process settled in, and plans what is left where it is time to look."""

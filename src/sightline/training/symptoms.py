@@ -192,7 +192,8 @@ def loss_at_chance(chart: Chart) -> Finding | None:
         chart.step,
         "error",
         f"the loss ({chart.recent:.3f}) is that of answering without looking at the images ({chart.scale[0]:.3f})",
-        "Look whether the images show what the labels say (`sightline check`); then try another learning rate (--lr "
+        ("Look whether the images show what the labels say (`sightline check`); then try" if chart.labels else "Try")
+        + " another learning rate (--lr "
         f"{chart.settings.lr / 3:.1g}), a longer warm-up (--warmup 0.2), or less augmentation.",
     )
 

@@ -144,6 +144,12 @@ def _at_rest(network: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+def spread_of(network: Network, batch: Batch) -> dict[str, float]:
+    """How the features of a batch lie in the network as it is; see `spread`."""
+    with _at_rest(network):
+        return spread(network.embed(batch.pixels.to(next(network.parameters()).device), batch.sizes))
+
+
 def spread(features: Float[Tensor, "n d"]) -> dict[str, float]:
     """How the features of images lie: `feature_std` and `effective_rank`.
 
