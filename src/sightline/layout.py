@@ -114,6 +114,9 @@ class Layout(ABC):
     libraries: ClassVar[tuple[str, ...]]
     family: ClassVar[str]
 
+    task: ClassVar[str] = "classify"
+    """The task of the networks that it stores, a key of `HEADS`."""
+
     dropped: ClassVar[str] = r"$^"
     """Which tensors may lie in such a file although nothing is computed with them, as a pattern of whole names."""
 

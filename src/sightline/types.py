@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,17 @@ class Tokens(NamedTuple):
             return self.patches.mean(dim=1)
         real = self.mask[:, self.prefix :, None].to(self.x.dtype)
         return (self.patches * real).sum(dim=1) / real.sum(dim=1)
+
+
+class Area(NamedTuple):
+    """The pixels that tokens were made of: canvas (height, width), step of the grid, each image's own size if unlike.
+
+    The last cells may reach beyond the canvas.
+    """
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    sizes: Int[Tensor, "b 2"] | None = None
 
 
 class Step(NamedTuple):
@@ -94,12 +106,14 @@ class Batch(NamedTuple):
 class Placement(NamedTuple):
     """Where an upright image of `size` (height, width) lies in what a network reads of it.
 
-    A point (y, x) of the image, in pixels from its upper left corner, lies at `scale * (y, x) + offset` in the input.
+    A point (y, x) of the image, in pixels from its upper left corner, lies at `scale * (y, x) + offset` in the input,
+    which is as large as `input` says (rows, columns).
     """
 
     size: tuple[int, int]
     scale: tuple[float, float]
     offset: tuple[float, float]
+    input: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,10 @@ class Reply(ABC):
     @abstractmethod
     def rows(self) -> Sequence[Score]:
         """Classes with their scores, one for each row of a table."""
+
+    def save(self, folder: Path, stem: str) -> "Reply":
+        """The answer after what does not fit into JSON was written into files `folder/stem.*`. Raises OSError."""
+        return self
 
     def line(self) -> str:
         """The answer in one line, with labels as they are: whoever prints them makes them fit to print."""

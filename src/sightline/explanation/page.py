@@ -32,6 +32,7 @@ svg polyline { fill: none; stroke: var(--dot); stroke-width: 2 } svg .pale { str
 .wide { overflow-x: auto } .matrix td { text-align: center; padding: .15rem .45rem; color: var(--ink) }
 .matrix th { padding: .15rem .45rem } .hit { background: rgb(60 140 90 / calc(var(--share) * .7)) }
 .miss { background: rgb(200 60 40 / min(1, calc(var(--share) * 4))) }
+.three img { width: calc(33% - .3rem); image-rendering: pixelated } .three img + img { margin-left: .4rem }
 .pair img { width: calc(50% - .3rem); image-rendering: pixelated } .pair img + img { margin-left: .6rem }
 """
 

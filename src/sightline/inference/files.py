@@ -4,13 +4,14 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from glob import has_magic
 from io import TextIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from sightline.datasets.scan import list_images
-from sightline.errors import UserError, printable
+from sightline.errors import UserError, WorkError, printable
 from sightline.inference.predictor import Answer
 
 COLUMNS = ("path", "label", "index", "score", "error")
@@ -42,6 +43,27 @@ def _result(answer: Answer) -> dict[str, Any]:
     if answer.prediction is None:
         return {"path": answer.path, "error": answer.error}
     return {"path": answer.path, **answer.prediction.to_json()}
+
+
+def saved(answers: Iterable[Answer], folder: str | os.PathLike[str]) -> Iterator[Answer]:
+    """The answers, those that are files (masks) written into a folder under the stems of their images.
+
+    A stem that is taken gets a number. Raises WorkError where a file cannot be written.
+    """
+    taken: set[str] = set()
+    for answer in answers:
+        if answer.prediction is None:
+            yield answer
+            continue
+        stem, count = Path(answer.path).stem or "image", 1
+        name = stem
+        while name.casefold() in taken:
+            name, count = f"{stem}-{count + 1}", count + 1
+        taken.add(name.casefold())
+        try:
+            yield replace(answer, prediction=answer.prediction.save(Path(folder), name))
+        except OSError as fault:
+            raise WorkError(f"cannot write into {printable(os.fsdecode(folder))}: {fault.strerror}") from fault
 
 
 def open_csv(path: str | os.PathLike[str]) -> TextIOWrapper:
