@@ -116,6 +116,18 @@ class Placement(NamedTuple):
     input: tuple[int, int]
 
 
+class Gaze(NamedTuple):
+    """What is to be shown of a head's own attention: in the layer `layer`, what the tokens `rows` ask of the patches.
+
+    The patches are the tokens from `first` on; `words` say what each of the rows stands for.
+    """
+
+    layer: str
+    rows: list[int]
+    first: int
+    words: list[str]
+
+
 @dataclass(frozen=True)
 class Score:
     """One class with its probability, 0 to 1."""

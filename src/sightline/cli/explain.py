@@ -51,17 +51,19 @@ def run(request: argparse.Namespace) -> int:
             print(f"{printable(answer.path)}: {printable(answer.error)}", file=sys.stderr)
             continue
         folder = Path(request.out) / name
+        reply = answer.prediction.save(folder, "mask")
         _, page = explain_image(
             model.network,
             model.preprocess,
             str(source),
             folder,
             name=Path(str(source)).name,
-            prediction=answer.prediction,
+            prediction=reply,
             layers=layers,
+            labels=model.labels,
         )
         arrays = folder / "explanation.npz"
-        results.append({"path": answer.path, "page": str(page), "arrays": str(arrays), **answer.prediction.to_json()})
+        results.append({"path": answer.path, "page": str(page), "arrays": str(arrays), **reply.to_json()})
         if not request.json:
             print(f"{printable(answer.path)}: {page}", flush=True)
     if request.json:

@@ -132,7 +132,7 @@ def _image_set(document: Document, root: Path) -> tuple[ImageSet, list[str]]:
 def gather(document: Document, root: Path, tell: Callable[[Finding], None]) -> ImageSet:
     """The images of a file with the objects that can be meant; `tell` hears what is wrong with the others."""
     categories = _categories(document, tell)
-    classes = tuple(class_names([name for name in categories.values()], document.where))
+    classes = tuple(class_names(list(categories.values()), document.where).values())
     number = {name: i for i, name in enumerate(class_names(categories.values(), document.where))}
     place = _folder(document, root)
     images: dict[Any, Mapping[str, Any]] = {}

@@ -100,7 +100,7 @@ def _classes(path: Path) -> tuple[str, ...]:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise UserError(
-            f"{printable(file)} cannot be read ({fault.strerror}): a set of masks needs the names of its classes there, "
+            f"{printable(file)} cannot be read ({fault.strerror}): masks need the names of their classes there, "
             "one a line, the first for the value 0"
         ) from fault
     except UnicodeDecodeError as fault:
@@ -161,7 +161,7 @@ def _part(root: Path, images: Path, masks: Path, classes: tuple[str, ...]) -> tu
 
 
 def stock(path: Path) -> Iterator[tuple[str, ImageSet, list[Finding]]]:
-    """Every part of a set with what is wrong with its masks, each of which is read. Raises UserError for no such set."""
+    """Every part of a set with what is wrong with its masks, which are all read. Raises UserError for no such set."""
     from sightline.images.decode import image_size
 
     classes = _classes(path)

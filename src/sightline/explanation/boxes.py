@@ -6,7 +6,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from sightline.errors import printable
 from sightline.explanation.masks import palette
+from sightline.heads.detect import Detections
 
 
 def boxed(
@@ -32,3 +34,16 @@ def boxed(
             draw.rectangle(place, fill=colour)
             draw.text((left + thick, max(top - high, 0)), text, fill=(0, 0, 0), font=font)
     return np.asarray(canvas)
+
+
+def _draw(
+    reply: Detections, image: UInt8[np.ndarray, "h w 3"], scale: float, labels: Sequence[str] | None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The objects that were found."""
+    boxes = [[side * scale for side in found.box] for found in reply.boxes]
+    words = [f"{printable(found.label, 20)} {found.score:.0%}" for found in reply.boxes]
+    indices = [found.index for found in reply.boxes]
+    return boxed(image, boxes, indices, words, len(labels) if labels else max(indices, default=0) + 1)
+
+
+DRAWINGS = {"Detections": _draw}

@@ -1,10 +1,13 @@
 """Masks over images."""
 
 from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image
+
+from sightline.heads.segment import SemanticMask
 
 SHARE = 0.55
 
@@ -31,11 +34,21 @@ def painted(
 
 def legend(labels: Sequence[str], used: Sequence[int]) -> str:
     """The classes with their colours, as HTML."""
-    from html import escape
-
     colours = palette(len(labels))
     return " ".join(
         f'<span style="border-left:1em solid rgb({",".join(map(str, colours[i].tolist()))});padding:0 .8em 0 .3em">'
         f"{escape(labels[i])}</span>"
         for i in used
     )
+
+
+def _draw(
+    reply: SemanticMask, image: UInt8[np.ndarray, "h w 3"], scale: float, labels: Sequence[str] | None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The class of every pixel."""
+    size = image.shape[1], image.shape[0]
+    mask = np.asarray(Image.fromarray(reply.mask).resize(size, Image.Resampling.NEAREST))
+    return painted(image, mask, len(reply.labels))
+
+
+DRAWINGS = {"SemanticMask": _draw}

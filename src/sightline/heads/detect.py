@@ -15,10 +15,14 @@ from sightline.layers.attention import Attention
 from sightline.layers.encoder import Mlp
 from sightline.layers.positions import sine_positions
 from sightline.schema import require
-from sightline.types import Area, Placement, Reply, Score, Step, Tokens
+from sightline.types import Area, Gaze, Placement, Reply, Score, Step, Tokens
 
 THRESHOLD = 0.5
 """Score from which a detection is shown."""
+
+
+GAZES = 12
+"""Objects whose queries are shown, at most."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,14 @@ class DetectHead(nn.Module):
         if self.training:
             return DetectedLayers(torch.stack(logits, dim=1), torch.stack(boxes, dim=1))
         return Detected(logits[-1], boxes[-1])
+
+    def gaze(self, output: Detected, labels: Sequence[str]) -> Gaze:
+        """What the queries of the objects found, or the surest one, ask of the tokens, in the last decoder layer."""
+        scores, indices, _ = found(output)
+        order = scores[0].argsort(descending=True, stable=True).tolist()
+        rows = [i for i in order if scores[0, i] >= THRESHOLD][:GAZES] or order[:1]
+        words = [f"{labels[int(indices[0, i])]} {float(scores[0, i]):.0%}" for i in rows]
+        return Gaze(f"decoder.{self.config.decoder_layers - 1}.cross_attention", rows, 0, words)
 
     def loss(self, output: Detected | DetectedLayers, target: Sequence[Targets]) -> Step:
         """The matched losses of every layer that there is."""

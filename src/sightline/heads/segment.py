@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sightline.layers.encoder import Encoder
 from sightline.schema import require
-from sightline.types import Area, Placement, Reply, Score, Step, Tokens
+from sightline.types import Area, Gaze, Placement, Reply, Score, Step, Tokens
 
 IGNORE = 255
 """The class of pixels that teach nothing."""
@@ -107,6 +107,7 @@ class SegmentHead(nn.Module):
         linear, parts = config.decoder == "linear", config.cells**2
         outputs = config.num_classes * parts
         self.classifier = nn.Linear(width, outputs) if linear else None
+        self.decoder = None
         if not linear:
             heads = config.decoder_heads or max(width // 64, 1)
             require(width % heads == 0, f"the decoder's width {width} is not a multiple of its {heads} heads")
@@ -189,6 +190,15 @@ class SegmentHead(nn.Module):
             own = maps[i : i + 1, :, : grid[0] * side, : grid[1] * side]
             canvas[i, :, :height, :width] = _enlarged(own, grid, area.stride, (height, width))[0]
         return canvas
+
+    def gaze(self, output: Float[Tensor, "1 k h w"], labels: Sequence[str]) -> Gaze | None:
+        """What the classes that are there ask of the patches, in the last layer of the mask transformer."""
+        if self.decoder is None:
+            return None
+        there = output[0].argmax(dim=0).unique().tolist()
+        patches = -self.config.num_classes  # the classes' tokens come last
+        rows = [patches + i for i in there]
+        return Gaze(f"decoder.blocks.{self.config.decoder_layers - 1}.attention", rows, 0, [labels[i] for i in there])
 
     def loss(self, output: Float[Tensor, "b k h w"], target: UInt8[Tensor, "b h w"]) -> Step:
         """Cross-entropy over the pixels that have a class, and the share of them that is right."""
