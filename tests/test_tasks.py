@@ -126,7 +126,7 @@ def test_bad_files_cost_themselves_alone(run, tmp_path):
 
 
 def test_a_backbone_that_has_learned_can_take_up_another_task(run, tmp_path):
-    task, data, model, _ = run
+    task, _, model, _ = run
     other = "segment" if task == "detect" else "detect"
     there = SETS[other](tmp_path / "data")
     words = ("train", there, "--task", other, "--weights", model, *EXTRA[other], "--workers", 0, "--epochs", 1)

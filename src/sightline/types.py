@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -148,8 +147,8 @@ class Reply(ABC):
     def rows(self) -> Sequence[Score]:
         """Classes with their scores, one for each row of a table."""
 
-    def save(self, folder: Path, stem: str) -> "Reply":
-        """The answer after what does not fit into JSON was written into files `folder/stem.*`. Raises OSError."""
+    def save(self, write: Callable[[str, bytes], str]) -> "Reply":
+        """The answer after what does not fit into JSON was given to `write`: an ending and bytes, for a file's path."""
         return self
 
     def line(self) -> str:

@@ -109,6 +109,7 @@ class TransformersDetr(_Detr, TransformersLayout):
     base = "model"
     outside = ("class_labels_classifier.", "bbox_predictor.")
     with_head = "DetrForObjectDetection"
+    classes_of = "class_labels_classifier.bias"
     bare = "DetrModel"
     body = "backbone.conv_encoder.model."
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -247,8 +248,8 @@ class TransformersDetr(_Detr, TransformersLayout):
             "dilation": backbone.dilated,
         }
 
-    def output(self, answer: Any, backbone: Any, head: Any) -> Tensor:
-        return answer.logits
+    def output(self, answer: Any, backbone: Any, head: Any) -> Any:
+        return answer.logits, answer.pred_boxes
 
 
 def _layer(ours: str, theirs: str, *, crossed: bool) -> list[Rule]:

@@ -30,7 +30,7 @@ def run(request: argparse.Namespace) -> int:
     from sightline.explanation.explain import no_layer
     from sightline.explanation.files import explain_image, folder_names
     from sightline.explanation.maps import attention_layers
-    from sightline.inference.files import expand
+    from sightline.inference.files import expand, stored
     from sightline.inference.predictor import Answer
     from sightline.model import load
 
@@ -51,7 +51,7 @@ def run(request: argparse.Namespace) -> int:
             print(f"{printable(answer.path)}: {printable(answer.error)}", file=sys.stderr)
             continue
         folder = Path(request.out) / name
-        reply = answer.prediction.save(folder, "mask")
+        reply = stored(answer.prediction, folder, "mask")
         _, page = explain_image(
             model.network,
             model.preprocess,

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sightline.heads.matching import Targets, corners, detection_loss
+from sightline.heads.matching import NOBODY, Targets, corners, detection_loss
 from sightline.layers.attention import Attention
 from sightline.layers.encoder import Mlp
 from sightline.layers.positions import sine_positions
@@ -61,6 +61,8 @@ class DetectConfig:
         ):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         require(self.encoder_layers >= 0, f"encoder_layers must not be negative, and is {self.encoder_layers}")
+        for name, most in (("encoder_layers", 64), ("decoder_layers", 64), ("queries", 10_000), ("copies", 100)):
+            require(getattr(self, name) <= most, f"{name} {getattr(self, name)} is more than {most}")
         fits = self.hidden_dim % self.decoder_heads == 0 and self.hidden_dim % 4 == 0
         require(fits, f"hidden_dim {self.hidden_dim} is not a multiple of decoder_heads {self.decoder_heads} and of 4")
         for name in ("drop_rate", "attn_drop"):
@@ -256,7 +258,7 @@ class DetectHead(nn.Module):
             reference = None if reference is None else moved.detach()
         if self.anchor is not None and hidden is not None:
             nothing = F.one_hot(torch.tensor(self.config.num_classes), self.config.num_classes + 1).to(memory)
-            logits = [torch.where(real[..., None], one, 1e4 * nothing) for one in logits]
+            logits = [torch.where(real[..., None], one, NOBODY * nothing) for one in logits]
         if self.training:
             return DetectedLayers(torch.stack(logits, dim=1), torch.stack(boxes, dim=1))
         return Detected(logits[-1], boxes[-1])

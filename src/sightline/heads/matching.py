@@ -18,6 +18,10 @@ CLASS_COST, L1_COST, GIOU_COST = 1.0, 5.0, 2.0
 """Weights of the class, of the distance of boxes and of their overlap, in the matching and in the loss."""
 
 
+NOBODY = 1e4
+"""The logit of "no object" at places of a batch of unlike sizes where there is no query."""
+
+
 class Targets(NamedTuple):
     """The objects of one image: class indices and boxes."""
 
@@ -70,6 +74,7 @@ def match(logits: Float[Tensor, "q k1"], boxes: Float[Tensor, "q 4"], targets: T
     far = torch.cdist(boxes, wanted, p=1)
     overlap = generalized_iou(corners(boxes)[:, None], corners(wanted)[None])
     cost = L1_COST * far - CLASS_COST * fit - GIOU_COST * overlap
+    cost = cost + 1e4 * (logits[:, -1:] >= NOBODY)
     # Numbers that are none would end the run here; so the update finds that its gradient is not finite.
     rows, columns = linear_sum_assignment(cost.float().nan_to_num(nan=0.0, posinf=1e6, neginf=-1e6).cpu().numpy())
     number = torch.as_tensor(columns, dtype=torch.int64, device=logits.device)

@@ -1,9 +1,8 @@
 """Tokens to a class for every pixel: Segmenter (arXiv 2105.05633)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8, UInt16
+from PIL import Image
 from torch import Tensor, nn
 
 from sightline.layers.encoder import Encoder
@@ -45,7 +45,7 @@ class SegmentConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.num_classes < IGNORE, f"num_classes must lie between 1 and 254, not {self.num_classes}")
-        require(self.decoder_layers >= 0, f"decoder_layers must not be negative, and is {self.decoder_layers}")
+        require(0 <= self.decoder_layers <= 64, f"decoder_layers must lie in 0 to 64, not {self.decoder_layers}")
         require(
             self.decoder_heads is None or self.decoder_heads > 0,
             f"decoder_heads must be positive, not {self.decoder_heads}",
@@ -75,15 +75,11 @@ class SemanticMask(Reply):
         found = sorted(np.flatnonzero(counts).tolist(), key=lambda i: (-counts[i], i))
         return [Score(self.labels[i], i, float(counts[i])) for i in found]
 
-    def save(self, folder: Path, stem: str) -> "SemanticMask":
-        """Writes the mask as `folder/stem.png`, a grey PNG whose values are class indices. Raises OSError."""
-        from PIL import Image
-
-        folder.mkdir(parents=True, exist_ok=True)
-        path, buffer = folder / f"{stem}.png", BytesIO()
+    def save(self, write: Callable[[str, bytes], str]) -> "SemanticMask":
+        """The mask becomes a grey PNG whose values are class indices."""
+        buffer = BytesIO()
         Image.fromarray(self.mask).save(buffer, format="PNG")
-        path.write_bytes(buffer.getvalue())
-        return SemanticMask(self.mask, self.labels, str(path))
+        return replace(self, path=write(".png", buffer.getvalue()))
 
     def to_json(self) -> dict[str, Any]:
         classes = [{"label": s.label, "index": s.index, "fraction": s.score} for s in self.rows()]

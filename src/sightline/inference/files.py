@@ -10,9 +10,11 @@ from io import TextIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from sightline.checkpoints.atomic import write_atomic
 from sightline.datasets.scan import list_images
-from sightline.errors import UserError, WorkError, printable
+from sightline.errors import UserError, printable
 from sightline.inference.predictor import Answer
+from sightline.types import Reply
 
 COLUMNS = ("path", "label", "index", "score", "error")
 
@@ -60,10 +62,18 @@ def saved(answers: Iterable[Answer], folder: str | os.PathLike[str]) -> Iterator
         while name.casefold() in taken:
             name, count = f"{stem}-{count + 1}", count + 1
         taken.add(name.casefold())
-        try:
-            yield replace(answer, prediction=answer.prediction.save(Path(folder), name))
-        except OSError as fault:
-            raise WorkError(f"cannot write into {printable(os.fsdecode(folder))}: {fault.strerror}") from fault
+        yield replace(answer, prediction=stored(answer.prediction, folder, name))
+
+
+def stored(reply: Reply, folder: str | os.PathLike[str], stem: str) -> Reply:
+    """A reply with what is a file written as `folder/stem.*`, whole or not at all. Raises WorkError."""
+
+    def write(ending: str, data: bytes) -> str:
+        path = Path(folder) / f"{stem}{ending}"
+        write_atomic(path, data)
+        return str(path)
+
+    return reply.save(write)
 
 
 def open_csv(path: str | os.PathLike[str]) -> TextIOWrapper:
