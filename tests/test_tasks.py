@@ -102,13 +102,13 @@ def test_python_gives_boxes_and_masks(run):
 def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path):
     task, data, model, _ = run
     words = ("train", data, "--task", task, *NET, *EXTRA[task], "--epochs", 2, "--out", tmp_path / "model")
-    process = started(*words, "--save-seconds", 0.1)
-    until = time.monotonic() + 60
-    while not list((tmp_path / "model").glob("checkpoints/step-*")) and time.monotonic() < until:
-        time.sleep(0.05)
+    process = started(*words, "--save-seconds", 0.01)
+    until, places = time.monotonic() + 60, tmp_path / "model" / "checkpoints"
+    while not [p for p in places.glob("step-*") if "000000000" not in p.name] and time.monotonic() < until:
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     stopped = ended(process)
-    assert stopped.status in (0, 143)
+    assert stopped.status in (0, 143)  # it may have been quicker
     if stopped.status:
         assert "--resume" in stopped.err
         assert cli("train", data, "--out", tmp_path / "model", "--resume").status == 0
