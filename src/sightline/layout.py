@@ -119,6 +119,9 @@ class Layout(ABC):
     libraries: ClassVar[tuple[str, ...]]
     family: ClassVar[str]
 
+    task: ClassVar[str] = "classify"
+    """The task of the networks that it stores, a key of `HEADS`."""
+
     dropped: ClassVar[str] = r"$^"
     """Which tensors may lie in such a file although nothing is computed with them, as a pattern of whole names."""
 
@@ -238,6 +241,9 @@ class TransformersLayout(Layout):
     headless: ClassVar[tuple[str, ...]] = ()
     """Those of the classes, besides `bare`, whose output layer is none for classes and is left out."""
 
+    classes_of: ClassVar[str | None] = None
+    """The bias with a number for each class and one for none; None where all outputs are classes."""
+
     defaults: ClassVar[Mapping[str, Any]]
     """What transformers takes where `config.json` is silent; with `ignored`, all the keys that may stand there."""
 
@@ -252,7 +258,7 @@ class TransformersLayout(Layout):
         """What `from_pretrained` has to be told to build this network."""
         return {}
 
-    def output(self, answer: Any, backbone: Any, head: Any) -> Tensor:
+    def output(self, answer: Any, backbone: Any, head: Any) -> Any:
         """Of what transformers' model answers, that which our network answers."""
         return answer.logits if head.num_classes else answer.last_hidden_state[:, 0]
 

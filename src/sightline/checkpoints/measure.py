@@ -50,7 +50,7 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
         row = variant(name)
         if row.family != facts.layout.family:
             raise UserError(f"{facts.where} does not hold a {name}: its tensors are those of another kind of network")
-        given = {**row.settings, **row.head}
+        given = {**row.settings, **(row.head if row.task == facts.layout.task else {})}
         usual = given.pop("image_size", None)
         usual = (usual, usual) if isinstance(usual, int) else usual
         own = {key: settings[key] for key in facts.layout.habits if key in settings}
@@ -61,10 +61,9 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
         if key not in settings:
             settings[key] = _usual(key, settings, facts)
     backbone = find("backbones", "FAMILIES", facts.layout.family, "family")
-    head = find("heads", "HEADS", "classify", "task")
-    base = Architecture(
-        name or _known_as(settings, facts), facts.layout.family, backbone.Config(), "classify", head.Config()
-    )
+    task = facts.layout.task
+    head = find("heads", "HEADS", task, "task")
+    base = Architecture(name or _known_as(settings, facts), facts.layout.family, backbone.Config(), task, head.Config())
     try:
         architecture = adjusted(base, **settings)
     except UserError as fault:

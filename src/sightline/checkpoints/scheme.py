@@ -86,7 +86,7 @@ class Scheme(ABC):
             return []
         return ["partial_patches='pad', which acts at other image sizes only, becomes 'drop'"]
 
-    def reference(self, bundle: "Bundle", out: Path) -> Callable[[Tensor], Tensor] | None:
+    def reference(self, bundle: "Bundle", out: Path) -> Callable[[Tensor], Any] | None:
         """The written checkpoint as the other library computes it, where that is installed."""
         return None
 

@@ -92,7 +92,7 @@ class Transformers(Library):
             remarks.append(f"preprocessor_config.json left out: {refusal}")
         return remarks
 
-    def reference(self, bundle: Bundle, out: Path) -> Callable[[Tensor], Tensor] | None:
+    def reference(self, bundle: Bundle, out: Path) -> Callable[[Tensor], Any] | None:
         if out.suffix or find_spec("transformers") is None:
             return None
         import transformers
@@ -168,6 +168,8 @@ def _kind(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> 
 
 def _outputs(found: Found, layout: TransformersLayout) -> int:
     shapes = shapes_of(found)
+    if layout.classes_of is not None:
+        return shapes.outputs(layout.classes_of) - 1
     return max((shapes.outputs(name) for name in shapes if name.startswith(layout.outside)), default=0)
 
 
