@@ -113,6 +113,8 @@ class Layout(ABC):
 
     libraries: ClassVar[tuple[str, ...]]
     family: ClassVar[str]
+    task: ClassVar[str] = "classify"
+    """What the head is for, a key of `HEADS`."""
 
     dropped: ClassVar[str] = r"$^"
     """Which tensors may lie in such a file although nothing is computed with them, as a pattern of whole names."""
@@ -140,6 +142,10 @@ class Layout(ABC):
         `image_size` is what is known of the size it was made for. The key `patches`, where given, is the number of
         rows of a table of positions that belong to patches: the image size follows from it.
         """
+
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All settings that are known of a network, with those that follow from others."""
+        return settings
 
     @abstractmethod
     def rules(self, backbone: Any, head: Any) -> list[Rule]:
@@ -247,7 +253,11 @@ class TransformersLayout(Layout):
         """What `from_pretrained` has to be told to build this network."""
         return {}
 
-    def output(self, answer: Any, backbone: Any, head: Any) -> Tensor:
+    def ask(self, model: Any, *inputs: Tensor) -> Any:
+        """What transformers' model answers to what our network takes."""
+        return model(*inputs)
+
+    def output(self, answer: Any, backbone: Any, head: Any) -> Any:
         """Of what transformers' model answers, that which our network answers."""
         return answer.logits if head.num_classes else answer.last_hidden_state[:, 0]
 

@@ -20,9 +20,9 @@ from sightline.errors import UserError, printable, suggest
 class Variant:
     """One published architecture: a family, its settings, and the number that proves them.
 
-    `settings` override the defaults of the family's configuration; `head` those of its head; `preprocess` is the pixel
-    contract its published weights expect. `parameters` is the exact count with `num_classes` outputs, asserted by the
-    contract tests.
+    `settings` override the defaults of the family's configuration; `head` those of its head, which is the one for
+    `task`; `preprocess` is the pixel contract its published weights expect. `parameters` is the exact count, with
+    `num_classes` outputs where the head has classes, asserted by the contract tests.
     """
 
     family: str
@@ -33,6 +33,7 @@ class Variant:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
     sources: tuple[str, ...] = ()
+    task: str = "classify"
 
 
 @cache

@@ -20,14 +20,21 @@ from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, Network
 from sightline.registry import table
 
+_CONFIGS = ("config.json", "open_clip_config.json")
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
-_FIRST = ("sightline", "timm")  # where names are of several layouts: theirs are the ones that others took over
+_FIRST = (
+    "sightline",
+    "timm",
+    "openai",
+)  # where names are of several layouts: theirs are the ones that others took over
 _HALF = (0.5, 0.5, 0.5)
 _BACKBONE, _CLASSIFIERS, _PRE_LOGITS = (
     "backbone.",
@@ -71,7 +78,8 @@ def load_bundle(
     labels = reading.labels if reading.labels is not None and len(reading.labels) == count else numbered(count)
     labels = _distinct(labels, notes)
     preprocess = _preprocess(reading, target)
-    return Bundle(network, preprocess, labels, Coverage(pairs, reading.found.dropped, tuple(notes)), str(source))
+    coverage = Coverage(pairs, reading.found.dropped, tuple(notes))
+    return Bundle(network, preprocess, labels, coverage, str(source), reading.vocabulary)
 
 
 def open_source(source: str | Path) -> Stored:
@@ -90,7 +98,7 @@ def open_source(source: str | Path) -> Stored:
 
 
 def _open_directory(folder: Path, where: str) -> Stored:
-    config = folder / "config.json"
+    config = next((folder / name for name in _CONFIGS if (folder / name).is_file()), folder / _CONFIGS[0])
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if not config.is_file():
         hint = f"; name one of its files ({', '.join(SUFFIXES)}) to read that alone" if weights else ""
@@ -106,6 +114,7 @@ def _open_directory(folder: Path, where: str) -> Stored:
         read_sharded(weights) if weights.suffix == ".json" else read_tensors(weights),
         settings,
         read_json(processor, MAX_CONFIG) if processor.is_file() else None,
+        folder,
     )
 
 
@@ -138,7 +147,7 @@ def _adapted(
         target = adjusted(target, image_size=request.image_size)
         _resample(reading, state, target, notes)
     count = request.num_classes
-    if count is not None and count != stored.head.num_classes:
+    if count is not None and count != getattr(stored.head, "num_classes", None):
         target = _with_classes(target, count, reading, state, notes)
     return target, state
 
@@ -204,8 +213,9 @@ def _require_finite(network: Network, reading: Reading) -> None:
     sides = [min(2 * patch, side) for patch, side in zip(patches, config.image_size, strict=True)]
     pixels = torch.linspace(-1, 1, config.in_chans * math.prod(sides)).reshape(1, config.in_chans, *sides)
     with torch.no_grad():
-        if network(pixels).isfinite().all():
-            return
+        answers = network(*network.example(pixels))
+    if all(part.isfinite().all() for part in (answers if isinstance(answers, tuple) else (answers,))):
+        return
     found = reading.found
     sizes = {name: float(found.tensors[name].abs().max()) for rule in reading.rules for name in rule.theirs}
     most = max(sizes, key=lambda name: sizes[name])

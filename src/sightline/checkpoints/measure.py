@@ -46,7 +46,7 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
     settings, usual = dict(facts.settings), None
     if name is not None:
         row = variant(name)
-        if row.family != facts.layout.family:
+        if (row.family, row.task) != (facts.layout.family, facts.layout.task):
             raise UserError(f"{facts.where} does not hold a {name}: its tensors are those of another kind of network")
         given = {**row.settings, **row.head}
         usual = given.pop("image_size", None)
@@ -58,11 +58,11 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
     for key in facts.layout.untold:
         if key not in settings:
             settings[key] = _usual(key, settings, facts)
+    settings = facts.layout.settle(settings)
     backbone = find("backbones", "FAMILIES", facts.layout.family, "family")
-    head = find("heads", "HEADS", "classify", "task")
-    base = Architecture(
-        name or _known_as(settings, facts), facts.layout.family, backbone.Config(), "classify", head.Config()
-    )
+    task = facts.layout.task
+    head = find("heads", "HEADS", task, "task")
+    base = Architecture(name or _known_as(settings, facts), facts.layout.family, backbone.Config(), task, head.Config())
     try:
         architecture = adjusted(base, **settings)
     except UserError as fault:
@@ -111,7 +111,7 @@ def _require_tensors(config: Any, facts: Facts) -> None:
 def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     """The registered networks of a family by name, with the settings of their backbones."""
     for name, row in variants().items():
-        if row.family == facts.layout.family:
+        if (row.family, row.task) == (facts.layout.family, facts.layout.task):
             yield name, describe(name).backbone
 
 

@@ -4,7 +4,8 @@ Releases 5 and newer call their parameters otherwise in memory, and translate wh
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sightline.images.preprocess import Preprocess
 from sightline.layout import Layout, Rule, TransformersLayout
 from sightline.network import Architecture
 from sightline.schema import require
+from sightline.texts.vocabularies import folder_files, load_vocabulary
 
 
 class Transformers(Library):
@@ -43,18 +45,22 @@ class Transformers(Library):
         else:
             layout, config, notes = self._named(stored), stored.config, ()
             found = _based(stored, layout)
-            _refuse_unknown(config, layout, where)
+            refuse_unknown(config, layout.defaults, layout.ignored, where)
             told = layout.told({**layout.defaults, **config}, shapes_of(found))
             size = told.pop("image_size", None)
             headless = _kind(config, layout, where) in (layout.bare, *layout.headless)
-            told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout))
+            if layout.task == "classify":
+                told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout))
 
         def tell(architecture: Architecture) -> tuple[Preprocess, tuple[str, ...] | None]:
             side = architecture.backbone.image_size
             processor = stored.processor or {"size": {"height": side[0], "width": side[1]}}
-            return from_transformers(processor).at(side), _labels(config, architecture.head.num_classes, where)
+            return from_transformers(processor).at(side), _labels(config, _count(architecture.head), where)
 
-        return self.reading(found, layout, request, image_size=size, told=told, tell=tell, notes=notes)
+        reading = self.reading(found, layout, request, image_size=size, told=told, tell=tell, notes=notes)
+        if (tokens := getattr(reading.architecture.head, "vocab_size", None)) is None:
+            return reading
+        return replace(reading, vocabulary=load_vocabulary(stored.folder, tokens))
 
     def rules(self, architecture: Architecture) -> list[Rule]:
         layout = self.layout(architecture)
@@ -83,6 +89,8 @@ class Transformers(Library):
         processor, _ = _processor(bundle.preprocess)
         if processor is not None:
             files[out / "preprocessor_config.json"] = json.dumps(processor, indent=2).encode()
+        if bundle.vocabulary is not None:
+            files |= {out / name: content for name, content in folder_files(bundle.vocabulary).items()}
         return {**files, out / "config.json": json.dumps(self._config(bundle), indent=2).encode()}
 
     def remarks(self, bundle: Bundle, out: Path) -> list[str]:
@@ -92,7 +100,7 @@ class Transformers(Library):
             remarks.append(f"preprocessor_config.json left out: {refusal}")
         return remarks
 
-    def reference(self, bundle: Bundle, out: Path) -> Callable[[Tensor], Tensor] | None:
+    def reference(self, bundle: Bundle, out: Path) -> Callable[..., Any] | None:
         if out.suffix or find_spec("transformers") is None:
             return None
         import transformers
@@ -103,7 +111,7 @@ class Transformers(Library):
         options = layout.opened(architecture.backbone, architecture.head)
         kind = getattr(transformers, layout.kind(architecture.backbone, architecture.head))
         model = kind.from_pretrained(out, **options).eval()
-        return lambda pixels: layout.output(model(pixels), architecture.backbone, architecture.head)
+        return lambda *inputs: layout.output(layout.ask(model, *inputs), architecture.backbone, architecture.head)
 
     def _bare(self, stored: Stored) -> TransformersLayout | None:
         """The layout of a file without `config.json`, by the names in it."""
@@ -129,7 +137,7 @@ class Transformers(Library):
         backbone, head = bundle.architecture.backbone, bundle.architecture.head
         layout = self.layout(bundle.architecture)
         assert isinstance(layout, TransformersLayout)
-        labels = bundle.labels if bundle.named else [f"LABEL_{i}" for i in range(head.num_classes)]
+        labels = bundle.labels if bundle.named else [f"LABEL_{i}" for i in range(_count(head))]
         named = {
             "id2label": {str(i): label for i, label in enumerate(labels)},
             "label2id": {label: i for i, label in enumerate(labels)},
@@ -138,7 +146,7 @@ class Transformers(Library):
             "architectures": [layout.kind(backbone, head)],
             "model_type": layout.model_type,
             **layout.config(backbone, head),
-            **(named if head.num_classes else {}),
+            **(named if _count(head) else {}),
             "dtype": "float32",
         }
 
@@ -155,6 +163,11 @@ def _based(stored: Stored, layout: Layout) -> Found:
     disk = {short: name for name, short in names.items() if short.startswith("?")}
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     return Found(stored.where, renamed, base, disk, outside=layout.outside)
+
+
+def _count(head: Any) -> int:
+    """The classes of a head; none where it has no such thing."""
+    return getattr(head, "num_classes", 0)
 
 
 def _kind(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> str:
@@ -199,13 +212,15 @@ _TEXTUAL = {  # settings of text generation, which older releases wrote into eve
 _EMPTY = {"pruned_heads": ({}, [], None), "tf_legacy_loss": (False, None)}  # known, and harmless where they say nothing
 
 
-def _refuse_unknown(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> None:
+def refuse_unknown(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str], where: str
+) -> None:
     """Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code."""
     for key, value in config.items():
         if key in _EMPTY:
             require(value in _EMPTY[key], f"{where}: '{key}' in config.json has no counterpart here")
-        elif key not in layout.defaults and key not in layout.ignored and key not in _GENERIC and key not in _TEXTUAL:
-            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, layout.defaults)}")
+        elif key not in defaults and key not in ignored and key not in _GENERIC and key not in _TEXTUAL:
+            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, defaults)}")
 
 
 def _classes(config: Mapping[str, Any], stored: int) -> int:
