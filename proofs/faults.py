@@ -26,7 +26,7 @@ from kills import draw, ended  # the program beside this one
 from sightline.cli.main import main as command
 from sightline.datasets.loader import OrderedLoader
 from sightline.recipes import classify
-from sightline.reports.report import Report
+from sightline.reports.classes import ClassesReport as Report
 from sightline.training.journal import read
 from sightline.training.state import Store
 from sightline.training.update import Updater

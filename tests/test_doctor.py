@@ -22,7 +22,7 @@ from sightline.evaluation.accuracy import Accuracy
 from sightline.images.mix import mix
 from sightline.network import create_model
 from sightline.objectives.supervised import Supervised
-from sightline.recipes.classify import train
+from sightline.recipes.train import train
 from sightline.training.chart import Labels, Mean
 from sightline.training.doctor import Doctor
 from sightline.training.journal import read

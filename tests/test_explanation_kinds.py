@@ -27,7 +27,7 @@ from sightline.explanation.render import spread
 from sightline.images.preprocess import Preprocess
 from sightline.layers.attention import Attention
 from sightline.network import Network, create_model
-from sightline.reports.report import Report
+from sightline.reports.classes import ClassesReport as Report
 from test_networks import KINDS, small
 
 ATTENTIVE = [kind for kind in KINDS if attention_layers(small(kind).backbone)]

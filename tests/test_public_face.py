@@ -19,7 +19,7 @@ import sightline
 from sightline.datasets.digits import digits
 from sightline.datasets.folder import write_images
 from sightline.model import Model
-from sightline.recipes.classify import Trained
+from sightline.recipes.train import Trained
 
 PACKAGE = Path(sightline.__file__).parent
 MODULES = ["sightline", *(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "sightline."))]

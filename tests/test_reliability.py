@@ -22,7 +22,7 @@ from sightline.errors import UserError, WorkError
 from sightline.evaluation.accuracy import accuracy
 from sightline.network import create_model
 from sightline.objectives.supervised import Supervised
-from sightline.recipes.classify import train
+from sightline.recipes.train import train
 from sightline.training.distributed import World
 from sightline.training.saver import Saver
 from sightline.training.schedule import Plan

@@ -29,8 +29,8 @@ from sightline.evaluation.accuracy import accuracy
 from sightline.images.decode import ImageError, decode
 from sightline.images.preprocess import Preprocess
 from sightline.network import create_model
-from sightline.recipes.classify import train
 from sightline.recipes.evaluate import evaluate
+from sightline.recipes.train import train
 from sightline.schema import from_json
 from sightline.training.run import RunFolder
 from sightline.training.saver import Saver
@@ -309,7 +309,10 @@ def test_a_model_is_judged_on_its_own_classes_by_name(tmp_path):
         Image.fromarray(np.full((8, 8, 3), ord(name[2]), np.uint8)).save(file)
     found = evaluate(tmp_path / "model", tmp_path / "data", workers=0)
     assert found.metrics["top1"] == 0.25
-    assert [(row["label"], row["images"], row["recall"]) for row in found.per_class] == [("b", 1, 1.0), ("a", 3, 0.0)]
+    assert [(row["label"], row["images"], row["recall"]) for row in found.details["per_class"]] == [
+        ("b", 1, 1.0),
+        ("a", 3, 0.0),
+    ]
     (tmp_path / "data/b").rename(tmp_path / "data/c")
     with pytest.raises(UserError, match="only the model knows 'b'"):
         evaluate(tmp_path / "model", tmp_path / "data", workers=0)

@@ -22,8 +22,8 @@ import sightline
 from sightline.errors import UserError, WorkError
 from sightline.network import create_model
 from sightline.objectives.supervised import Supervised
-from sightline.recipes.classify import train
 from sightline.recipes.evaluate import evaluate
+from sightline.recipes.train import train
 from sightline.registry import table
 from sightline.training.average import Average
 from sightline.training.journal import read
@@ -242,7 +242,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed, tmp_path, monkeypat
 def test_a_killed_process_goes_on_to_the_same_bits(undisturbed, tmp_path):
     out = tmp_path / "killed"
     settings = json.dumps(hard())
-    code = "import json, sys; from sightline.recipes.classify import train; "
+    code = "import json, sys; from sightline.recipes.train import train; "
     code += "train('builtin:digits', out=sys.argv[1], **json.loads(sys.argv[2]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(out), settings])
     deadline = time.monotonic() + 120

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sightline.images.preprocess import Preprocess
     from sightline.model import Model, load
     from sightline.network import create_model, list_models
-    from sightline.recipes.classify import train
+    from sightline.recipes.train import train
     from sightline.types import Prediction, Tokens
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
     "create_model": "sightline.network",
     "list_models": "sightline.network",
     "load": "sightline.model",
-    "train": "sightline.recipes.classify",
+    "train": "sightline.recipes.train",
 }
 
 __all__ = [

@@ -19,7 +19,7 @@ from sightline.images.decode import Source
 from sightline.images.preprocess import Preprocess
 from sightline.inference.predictor import Predictor
 from sightline.network import Network
-from sightline.types import Prediction
+from sightline.types import Reply
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Model:
         how = pick_precision(precision, where)
         return Predictor(self.network, self.preprocess, self.labels, device=where, precision=how, **settings)
 
-    def predict(self, sources: Iterable[Source], *, top: int = 5, **settings: Any) -> list[Prediction]:
+    def predict(self, sources: Iterable[Source], *, top: int = 5, **settings: Any) -> list[Reply]:
         """The answer for each image, in order; `settings` are those of `predictor`.
 
         Images are paths, bytes, PIL images or uint8 arrays. Raises UserError at the first that cannot be read.

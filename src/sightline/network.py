@@ -149,8 +149,9 @@ class Network(nn.Module):
         self.backbone = find("backbones", "FAMILIES", architecture.family, "family")(architecture.backbone)
         self.head = find("heads", "HEADS", architecture.task, "task")(architecture.head, self.backbone.width)
 
-    def forward(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Tensor:
-        return self.head(self.backbone(pixels, sizes))
+    def forward(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Any:
+        """What the head makes of the tokens: a tensor or a tuple of tensors, each with the batch as its first axis."""
+        return self.head(self.backbone(pixels, sizes), (pixels.shape[-2], pixels.shape[-1]), sizes)
 
     def embed(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Float[Tensor, "b d"]:
         """The feature vector that the head's last layer reads, [batch, width]."""
@@ -213,23 +214,26 @@ def describe(
     task: str | None = None,
     **overrides: Any,
 ) -> Architecture:
-    """The architecture of a registered model with settings of the user's in place of its own; for another task too."""
+    """The architecture of a registered model with settings of the user's in place of its own.
+
+    With another `task` than the one that the model was published for, its head is that task's usual one.
+    """
     row = variant(name)
-    task = row.task if task is None else task
     backbone = find("backbones", "FAMILIES", row.family, "family")
-    head = find("heads", "HEADS", task, "task")
+    asked = row.task if task is None else task
+    head = find("heads", "HEADS", asked, "task")
+    own = row.head if asked == row.task else {}
     given = {"num_classes": num_classes, "image_size": image_size, **overrides}
     given = {key: value for key, value in given.items() if value is not None}
     known = {*backbone.Config.__dataclass_fields__, *head.Config.__dataclass_fields__}
     usual = {"num_classes": row.num_classes} if "num_classes" in known else {}
-    own = row.head if task == row.task else {}
     settings, rest = backbone.split({**row.settings, **own, **usual, **given})
     for key in rest:
         if key not in known:
             raise UserError(f"model '{name}' has no setting '{key}'.{suggest(key, known)}")
     where = f"model '{name}'"
     return Architecture(
-        name, row.family, from_json(backbone.Config, settings, where), task, from_json(head.Config, rest, where)
+        name, row.family, from_json(backbone.Config, settings, where), asked, from_json(head.Config, rest, where)
     )
 
 
@@ -237,15 +241,19 @@ def create_model(
     name: str,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    *,
+    task: str | None = None,
     **overrides: Any,
 ) -> Network:
     """A network by its name, with random weights: pixels [b, 3, h, w] to logits [b, num_classes].
+
+    `task` is a key of `HEADS` (classify, detect, segment, …); left out, it is the one that the model was published for.
 
     Names are timm's (`list_models` has them all). `num_classes=0` leaves the classifier out; `image_size` is in
     pixels, one number or (height, width). Other settings go by the names of the family's configuration (`patch_size`,
     `embed_dim`, `depth`, `num_heads`, `drop_path_rate`, `global_pool`, …). Raises UserError for unknown names.
     """
-    return describe(name, num_classes, image_size, **overrides).build()
+    return describe(name, num_classes, image_size, task=task, **overrides).build()
 
 
 def list_models(pattern: str = "*") -> list[str]:

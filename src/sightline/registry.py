@@ -70,7 +70,7 @@ def layouts(library: str) -> dict[str, Any]:
 
 def variants(pattern: str = "*") -> dict[str, Variant]:
     """The rows of every `VARIANTS` table whose name matches a shell pattern, in order of names."""
-    rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS")}
+    rows = {**table("backbones", "VARIANTS"), **table("tokenizers", "VARIANTS"), **table("heads", "VARIANTS")}
     return {name: rows[name] for name in sorted(fnmatch.filter(rows, pattern))}
 
 

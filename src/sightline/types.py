@@ -1,8 +1,9 @@
 """The few values that travel between rooms."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,31 +43,63 @@ class Step(NamedTuple):
     metrics: Mapping[str, Tensor]
 
 
+def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor changed, or the same structure of tuples with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    parts = (each(part, change) for part in value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def finite(output: Any) -> Bool[Tensor, " b"]:
+    """Of each image of a batch, whether all numbers of a network's output for it are finite."""
+    if isinstance(output, Tensor):
+        return output.flatten(1).isfinite().all(dim=1)
+    return torch.stack([finite(part) for part in output]).all(dim=0)
+
+
 class Batch(NamedTuple):
     """Samples as the loader hands them to an objective.
 
-    `pixels` [b, c, h, w] are normalised; `targets` are class indices; `index` says which samples of the dataset they
-    are; `key` is a number per sample drawn from (seed, epoch, sample) that seeds whatever else is random about it.
-    `sizes` holds each image's (height, width) where they differ; they are then padded below and to the right.
+    `pixels` [b, c, h, w] are normalised; `targets` are what the task's head learns from: a tensor whose first axis is
+    the batch (class indices [b], a class for every pixel [b, h, w]) or a tuple with an entry for each image; `index`
+    says which samples of the dataset they are; `key` is a number per sample drawn from (seed, epoch, sample) that seeds
+    whatever else is random about it. `sizes` holds each image's (height, width) where they differ; they are then padded
+    below and to the right.
     """
 
     pixels: Float[Tensor, "b c h w"]
-    targets: Int[Tensor, " b"]
+    targets: Any
     index: Int[Tensor, " b"]
     key: Int[Tensor, " b"]
     sizes: Int[Tensor, "b 2"] | None = None
 
     def part(self, start: int, stop: int) -> "Batch":
         """The samples from `start` to before `stop`."""
-        return self._each(lambda values: values[start:stop])
+        sizes = None if self.sizes is None else self.sizes[start:stop]
+        pixels, targets, index, key = (
+            values[start:stop] for values in (self.pixels, self.targets, self.index, self.key)
+        )
+        return Batch(pixels, targets, index, key, sizes)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; asynchronous where the memory is pinned."""
-        return self._each(lambda values: values.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        sizes = None if self.sizes is None else change(self.sizes)
-        return Batch(change(self.pixels), change(self.targets), change(self.index), change(self.key), sizes)
+        def change(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
+        return Batch(*(each(values, change) for values in self[:4]), None if self.sizes is None else change(self.sizes))
+
+
+class Placement(NamedTuple):
+    """Where an upright image of `size` (height, width) lies in what a network reads of it.
+
+    A point (y, x) of the image, in pixels from its upper left corner, lies at `scale * (y, x) + offset` in the input.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    offset: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -78,8 +111,24 @@ class Score:
     score: float
 
 
+class Reply(ABC):
+    """What a head has to say of one image: `Prediction` for classes; boxes, masks and others for other tasks."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The answer's part of `predict --json`."""
+
+    @abstractmethod
+    def rows(self) -> Sequence[Score]:
+        """Classes with their scores, one for each row of a table."""
+
+    def line(self) -> str:
+        """The answer in one line, with labels as they are: whoever prints them makes them fit to print."""
+        return "  ".join(f"{s.label} {s.score:.1%}" for s in self.rows()) or "nothing found"
+
+
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Reply):
     """The answer for one image: the best class, and the best few in falling order in `top`."""
 
     top: Sequence[Score]
@@ -99,6 +148,8 @@ class Prediction:
         """Probability of the most probable class, 0 to 1."""
         return self.top[0].score
 
-    def to_json(self) -> dict[str, object]:
-        """The answer's part of `predict --json`."""
+    def rows(self) -> Sequence[Score]:
+        return self.top
+
+    def to_json(self) -> dict[str, Any]:
         return {"predictions": [{"label": s.label, "index": s.index, "score": s.score} for s in self.top]}

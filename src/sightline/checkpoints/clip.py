@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from einops import rearrange
 
+from sightline.checkpoints.measure import divides
 from sightline.checkpoints.vit_kinds import PLAIN
 from sightline.layout import Layout, Rule, Shapes, one, same, transposed
 
@@ -31,7 +32,7 @@ def refused(backbone: Any, head: Any) -> list[str]:
         for name, only in WANTED.items()
         if getattr(backbone, name) != only
     ]
-    if backbone.partial_patches == "pad" and any(s % p for s, p in zip(backbone.image_size, backbone.patch_size)):
+    if backbone.partial_patches == "pad" and not divides(backbone):
         found.append("partial_patches='pad' at an image size that patches do not divide (only 'drop')")
     return found
 
@@ -39,8 +40,8 @@ def refused(backbone: Any, head: Any) -> list[str]:
 class FlatClip(Layout):
     """Query, key and value in one matrix, projections for multiplication from the right, the image tower as `visual`.
 
-    OpenAI's own files carry three numbers beside the weights. No tensor tells whether the activation is QuickGELU, as in
-    OpenAI's networks, or the exact GELU, as in most of LAION's: a name or a configuration has to say it.
+    OpenAI's own files carry three numbers beside the weights. No tensor tells whether the activation is QuickGELU, as
+    in OpenAI's networks, or the exact GELU, as in most of LAION's: a name or a configuration has to say it.
     """
 
     libraries = ("openai", "open_clip")

@@ -18,7 +18,8 @@ from sightline.checkpoints.sealed import SEAL
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, Network
-from sightline.registry import table
+from sightline.registry import find, table
+from sightline.types import finite
 
 _CONFIGS = ("config.json", "open_clip_config.json")
 _WEIGHTS = (
@@ -30,17 +31,10 @@ _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-_FIRST = (
-    "sightline",
-    "timm",
-    "openai",
-)  # where names are of several layouts: theirs are the ones that others took over
+_FIRST = ("sightline", "timm", "openai")
+"""Where names are of several layouts: theirs are the ones that others took over."""
 _HALF = (0.5, 0.5, 0.5)
-_BACKBONE, _CLASSIFIERS, _PRE_LOGITS = (
-    "backbone.",
-    ("head.classifier.", "head.distillation_classifier."),
-    "head.pre_logits.",
-)
+_BACKBONE = "backbone."
 
 
 def load_bundle(
@@ -147,7 +141,9 @@ def _adapted(
         target = adjusted(target, image_size=request.image_size)
         _resample(reading, state, target, notes)
     count = request.num_classes
-    if count is not None and count != getattr(stored.head, "num_classes", None):
+    if count is not None and not hasattr(stored.head, "num_classes"):
+        notes.append(f"num_classes={count} changes nothing: the head of this network has no classes")
+    elif count is not None and count != stored.head.num_classes:
         target = _with_classes(target, count, reading, state, notes)
     return target, state
 
@@ -166,18 +162,21 @@ def _with_classes(
     target: Architecture, count: int, reading: Reading, state: dict[str, Tensor], notes: list[str]
 ) -> Architecture:
     """Another number of classes: the classifier, and what was trained for it alone, gives way to zeros."""
-    gone = [name for name in state if name.startswith((*_CLASSIFIERS, _PRE_LOGITS) if count else _CLASSIFIERS)]
+    kind = find("heads", "HEADS", target.task, "task")
+    classifiers, before = (tuple(f"head.{name}" for name in names) for names in (kind.per_class, kind.before_classes))
+    gone = [name for name in state if name.startswith((*classifiers, *before) if count else classifiers)]
     disk = [
         reading.found.named(theirs) for rule in reading.rules for theirs in rule.theirs if set(rule.ours) & set(gone)
     ]
     for name in gone:
         del state[name]
-    target = adjusted(target, num_classes=count, **({"pre_logits": None} if count else {}))
+    plain = {"pre_logits": None} if count and hasattr(target.head, "pre_logits") else {}
+    target = adjusted(target, num_classes=count, **plain)
     if disk:
         notes.append(f"dropped for {count} classes: {', '.join(disk)}")
     if count:
         for name, shape in target.shapes().items():
-            if name.startswith(_CLASSIFIERS):
+            if name.startswith(classifiers):
                 state[name] = torch.zeros(shape)
         notes.append(f"the classifier of {count} classes starts at zero")
     return target
@@ -213,9 +212,8 @@ def _require_finite(network: Network, reading: Reading) -> None:
     sides = [min(2 * patch, side) for patch, side in zip(patches, config.image_size, strict=True)]
     pixels = torch.linspace(-1, 1, config.in_chans * math.prod(sides)).reshape(1, config.in_chans, *sides)
     with torch.no_grad():
-        answers = network(*network.example(pixels))
-    if all(part.isfinite().all() for part in (answers if isinstance(answers, tuple) else (answers,))):
-        return
+        if finite(network(*network.example(pixels))).all():
+            return
     found = reading.found
     sizes = {name: float(found.tensors[name].abs().max()) for rule in reading.rules for name in rule.theirs}
     most = max(sizes, key=lambda name: sizes[name])

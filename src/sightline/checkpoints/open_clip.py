@@ -91,7 +91,7 @@ class OpenClip(Library):
         found = super().refusals(architecture, out)
         if found or architecture.task != "clip":
             return found
-        backbone, head = architecture.backbone, architecture.head
+        backbone = architecture.backbone
         found += [] if backbone.activation in ("gelu", "quick_gelu") else [f"activation={backbone.activation!r}"]
         found += [] if backbone.in_chans == 3 else [f"in_chans={backbone.in_chans} (only 3)"]
         rates = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")

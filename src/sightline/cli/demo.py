@@ -37,7 +37,7 @@ def run(request: argparse.Namespace) -> int:
     print(f"top-1 {trained.metrics['top1']:.2%} of {trained.counts['evaluated']} held-out digits")
     for answer in result.answers:
         best = answer.prediction
-        print(f"{answer.path}: {best.label} ({best.score:.1%})" if best else f"{answer.path}: {answer.error}")
+        print(f"{answer.path}: {best.line()}" if best else f"{answer.path}: {answer.error}")
     print(f"model   {trained.directory}\nreport  {trained.report}")
     for page in result.pages:
         print(f"explain {page}")

@@ -7,14 +7,14 @@ from typing import Any
 
 from sightline.cli.options import add_device
 
-SUMMARY = "Measure a model on labelled images: top-1, top-5, each class, confusions."
+SUMMARY = "Measure a model on labelled images: accuracy, AP of boxes, IoU of masks, by its task; and each class."
 EXAMPLE = "sightline evaluate runs/photos photos"
 
 
 def arguments(parser: Any) -> None:
     """The verb's own arguments."""
     parser.add_argument("model", metavar="MODEL", help="model directory, checkpoint, or hf:org/name")
-    parser.add_argument("data", metavar="DATA", help="folder of class folders, CSV with path,label, or builtin:digits")
+    parser.add_argument("data", metavar="DATA", help="what `sightline train` takes for the model's task")
     parser.add_argument("--protocol", default="accuracy", choices=("accuracy",), help="what to measure")
     parser.add_argument("--seed", type=int, help="seed of the held-out part (default: that of the model's training)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
@@ -45,11 +45,9 @@ def run(request: argparse.Namespace) -> int:
     if request.json:
         print(json.dumps(result.to_json()))
         return 0
-    print(f"top-1 {result.metrics['top1']:.2%}  top-5 {result.metrics['top5']:.2%}  of {result.counts['evaluated']:,}")
+    print(f"{result.headline}  of {result.counts['evaluated']:,}")
     if result.refused:
         print(f"{len(result.refused)} images could not be read and count as wrong")
-    print(f"{'class':24} {'images':>7} {'recall':>8} {'precision':>10} {'F1':>8}")
-    for row in result.per_class:
-        label = printable(row["label"], 24)
-        print(f"{label:24} {row['images']:7,} {row['recall']:8.1%} {row['precision']:10.1%} {row['f1']:8.1%}")
+    for line in result.lines:
+        print(line)
     return 0

@@ -62,5 +62,4 @@ def _show(answer: Any) -> None:
     if answer.prediction is None:
         print(f"{printable(answer.path)}: {printable(answer.error)}", file=sys.stderr)
     else:
-        scores = "  ".join(f"{printable(s.label)} {s.score:.1%}" for s in answer.prediction.top)
-        print(f"{printable(answer.path)}: {scores}", flush=True)
+        print(f"{printable(answer.path)}: {printable(answer.prediction.line(), 4000)}", flush=True)

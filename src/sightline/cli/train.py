@@ -19,9 +19,13 @@ _OWN = ("seed", "epochs", "minutes", "precision")
 def arguments(parser: Any) -> None:
     """The verb's own arguments."""
     parser.add_argument(
-        "data", metavar="DATA", help="folder of class folders, archive of one, CSV with path,label, or builtin:digits"
+        "data",
+        metavar="DATA",
+        help="what the task learns from: class folders or CSV, COCO JSON, images with masks; or builtin:digits",
     )
-    parser.add_argument("--task", default="classify", choices=("classify",), help="what to learn")
+    parser.add_argument(
+        "--task", default="classify", metavar="NAME", help="classify, detect (boxes) or segment (masks)"
+    )
     parser.add_argument("--model", help="architecture, as `sightline models` lists them")
     parser.add_argument("--weights", metavar="SOURCE", help="weights to start from: a file, a folder, hf:…; or none")
     parser.add_argument("--recipe", help="fine-tune (default with weights) or fine-tune-as-published")
@@ -74,7 +78,7 @@ def further(request: argparse.Namespace, word: str) -> bool:
 
 def run(request: argparse.Namespace) -> int:
     """Trains, and prints the result."""
-    from sightline.recipes.classify import train
+    from sightline.recipes.train import train
     from sightline.training.signals import Interrupted
 
     def named(names: tuple[str, ...]) -> dict[str, Any]:
@@ -86,6 +90,7 @@ def run(request: argparse.Namespace) -> int:
     try:
         trained = train(
             request.data,
+            task=request.task,
             model=request.model,
             weights=request.weights,
             out=request.out,
@@ -119,8 +124,8 @@ def report(trained: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(trained.to_json()))
         return
-    metrics, counts = trained.metrics, trained.counts
-    print(f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  of {counts['evaluated']:,} held-out images")
+    counts = trained.counts
+    print(f"{trained.headline}  of {counts['evaluated']:,} held-out images")
     if counts["refused"]:
         print(f"{counts['refused']:,} held-out images could not be read and count as wrong")
     print(f"model  {trained.directory}\nreport {trained.report}")

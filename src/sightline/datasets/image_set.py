@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -16,11 +17,26 @@ from jaxtyping import Int64, UInt8
 from sightline.images.decode import Stored
 
 
+class Marks(ABC):
+    """What is marked in an image beyond one class for all of it: boxes, a mask, a caption."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """Bytes that are equal where the marks are, as far as that is cheap to know; part of the fingerprint."""
+
+    @abstractmethod
+    def renumbered(self, places: Int64[np.ndarray, " k"]) -> "Marks":
+        """The same marks where class i has become class `places[i]`."""
+
+
 class Sample(NamedTuple):
-    """One image: a file, a member of an archive, or pixels [h, w, 3]; its class index, -1 for none; its name."""
+    """One image: a file, a member of an archive, or pixels [h, w, 3]; what it is to be taken for; its name.
+
+    That is the index of its class, -1 for none, or where the set has them the `Marks` in it.
+    """
 
     image: Path | Stored | UInt8[np.ndarray, "h w 3"]
-    target: int
+    target: Any
     name: str
 
 
@@ -47,16 +63,21 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
-    """Samples kept as columns: names, class indices, and the folder or archive of the files, or their pixels."""
+    """Samples kept as columns: names, class indices, and the folder or archive of the files, or their pixels.
+
+    `marks` are what is marked in each image; there are no class indices then (-1).
+    """
 
     names: Sequence[str]
     targets: Int64[np.ndarray, " n"]
     root: Path = Path()
     arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]] | None = None
     stored: Mapping[str, Stored] | None = None
+    marks: Sequence[Marks] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.targets)
+        assert self.marks is None or len(self.marks) == len(self.targets)
         assert self.arrays is None or len(self.arrays) == len(self.targets)
 
     def __len__(self) -> int:
@@ -64,9 +85,10 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, i: int) -> Sample:  # ty: ignore[incompatible-method-override]  (no slices)
         name = self.names[i]
+        target = int(self.targets[i]) if self.marks is None else self.marks[i]
         if self.arrays is not None:
-            return Sample(self.arrays[i], int(self.targets[i]), name)
-        return Sample(self.root / name if self.stored is None else self.stored[name], int(self.targets[i]), name)
+            return Sample(self.arrays[i], target, name)
+        return Sample(self.root / name if self.stored is None else self.stored[name], target, name)
 
     def content(self, i: int, name: str) -> bytes:
         """Of sample i, called `name`: its file's size in bytes (-1 where it is gone), size and CRC-32, or a digest.
@@ -86,7 +108,9 @@ class Samples(Sequence[Sample]):
         """These rows alone, in the order given."""
         chosen = rows.tolist()
         arrays = None if self.arrays is None else [self.arrays[i] for i in chosen]
-        return Samples(Names(self.names[i] for i in chosen), self.targets[rows], self.root, arrays, self.stored)
+        marks = None if self.marks is None else [self.marks[i] for i in chosen]
+        names = Names(self.names[i] for i in chosen)
+        return Samples(names, self.targets[rows], self.root, arrays, self.stored, marks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +121,7 @@ class ImageSet:
     samples: Samples
 
     def __post_init__(self) -> None:
-        targets, lowest = self.samples.targets, 0 if self.classes else -1
+        targets, lowest = self.samples.targets, 0 if self.classes and self.samples.marks is None else -1
         assert not len(targets) or (targets.min() >= lowest and targets.max() < len(self.classes))
 
     def __len__(self) -> int:
@@ -126,12 +150,18 @@ class ImageSet:
         arrays = None if mine.arrays is None or theirs.arrays is None else [*mine.arrays, *theirs.arrays]
         names = Names([*mine.names, *theirs.names])
         targets = np.concatenate([mine.targets, theirs.targets])
-        return ImageSet(self.classes, Samples(names, targets, mine.root, arrays, mine.stored))
+        marks = None if mine.marks is None or theirs.marks is None else [*mine.marks, *theirs.marks]
+        return ImageSet(self.classes, Samples(names, targets, mine.root, arrays, mine.stored, marks))
 
     def renumbered(self, classes: tuple[str, ...]) -> "ImageSet":
         """The same images with the same classes in another order."""
         assert set(classes) == set(self.classes)
+        if classes == self.classes:
+            return self
         places = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
+        if self.samples.marks is not None:
+            marks = [marks.renumbered(places) for marks in self.samples.marks]
+            return ImageSet(classes, replace(self.samples, marks=marks))
         return ImageSet(classes, replace(self.samples, targets=places[self.targets]))
 
     def fingerprint(self) -> str:
@@ -144,6 +174,8 @@ class ImageSet:
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for i, (name, target) in enumerate(zip(self.samples.names, self.targets.tolist(), strict=True)):
             digest.update(b"\n%b\0%d\0%b" % (os.fsencode(name), target, self.samples.content(i, name)))
+            if self.samples.marks is not None:
+                digest.update(b"\0%b" % self.samples.marks[i].content())
         return digest.hexdigest()
 
 

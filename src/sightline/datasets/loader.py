@@ -1,13 +1,14 @@
 """Batches from an image set: each is a pure function of its step, so that workers and resuming cannot change it."""
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
 from sightline.datasets.image_set import ImageSet
@@ -27,6 +28,21 @@ Say = Callable[[str], None]
 
 def _in_silence(line: str) -> None:
     pass
+
+
+class Joint(ABC):
+    """Prepares an image together with what is marked in it, and puts the results of a batch together.
+
+    A loader takes one in place of a function of images alone. It has to be one that can be sent to processes.
+    """
+
+    @abstractmethod
+    def __call__(self, image: Picture, marks: Any, key: int) -> tuple[Float[Tensor, "c rows columns"], Any]:
+        """Pixels and the target that goes with them; `key` seeds whatever is random. Raises ImageError."""
+
+    @abstractmethod
+    def together(self, targets: Sequence[Any]) -> Any:
+        """The targets of a batch, as `Batch.targets` has them."""
 
 
 class Refused(NamedTuple):
@@ -75,8 +91,8 @@ class Loader:
 class TrainLoader(Loader):
     """Shuffled, augmented batches of the training steps in `steps`.
 
-    `transform` makes pixels [3, h, w] from an image and a number that seeds whatever is random about it. `batch_size`
-    counts the samples of all `world` processes; this one, `rank`, gets its `share` of each batch. Order follows from
+    `transform` makes pixels [3, h, w] from an image and a number that seeds whatever is random about it, or is a
+    `Joint` where more than a class goes with an image. `batch_size` counts the samples of all `world` processes; this one, `rank`, gets its `share` of each batch. Order follows from
     (seed, epoch), a sample's number from (seed, epoch, view); see `order.rows`, also for `repeats`. Raises UserError
     for a batch that leaves nothing for some process.
     """
@@ -84,7 +100,7 @@ class TrainLoader(Loader):
     def __init__(
         self,
         images: ImageSet,
-        transform: Callable[[UInt8[np.ndarray, "h w 3"], int], Float[Tensor, "c rows columns"]],
+        transform: "Callable[[UInt8[np.ndarray, 'h w 3'], int], Float[Tensor, 'c rows columns']] | Joint",
         *,
         batch_size: int,
         seed: int,
@@ -104,7 +120,7 @@ class TrainLoader(Loader):
 
 
 class OrderedLoader(Loader):
-    """Every image once, in order, unchanged but for `preprocess`; its step is the number of the batch.
+    """Every image once, in order, unchanged but for `preprocess` (or a `Joint`); its step is the number of the batch.
 
     Each of `world` processes gets a contiguous share of the set, which may be empty.
     """
@@ -112,7 +128,7 @@ class OrderedLoader(Loader):
     def __init__(
         self,
         images: ImageSet,
-        preprocess: Callable[[Picture], Float[Tensor, "c rows columns"]],
+        preprocess: "Callable[[Picture], Float[Tensor, 'c rows columns']] | Joint",
         *,
         batch_size: int,
         rank: int = 0,
@@ -126,10 +142,23 @@ class OrderedLoader(Loader):
         super().__init__(load, range(-(-len(part) // batch_size)), workers=workers, pin_memory=pin_memory, say=say)
 
 
+class _Classes(Joint):
+    """Images alone, whose targets are class indices."""
+
+    def __init__(self, read: Callable[[Picture, int], Float[Tensor, "c rows columns"]]):
+        self.read = read
+
+    def __call__(self, image: Picture, marks: int, key: int) -> tuple[Float[Tensor, "c rows columns"], int]:
+        return self.read(image, key), marks
+
+    def together(self, targets: Sequence[int]) -> Int[Tensor, " b"]:
+        return torch.tensor(targets)
+
+
 @dataclass(frozen=True)
 class _Shuffled:
     images: ImageSet
-    transform: Callable[[UInt8[np.ndarray, "h w 3"], int], Float[Tensor, "c rows columns"]]
+    transform: Callable[[UInt8[np.ndarray, "h w 3"], int], Float[Tensor, "c rows columns"]] | Joint
     batch_size: int
     seed: int
     repeats: int
@@ -139,22 +168,29 @@ class _Shuffled:
         epoch, views = rows(step, len(self.images), self.batch_size, self.seed, self.repeats)
         views = views[self.share]
         keys = sample_keys(self.seed, epoch, views)
-        return _load(step, self.images, views % len(self.images), keys, self._augmented, watch)
+        joint = self.transform if isinstance(self.transform, Joint) else _Classes(self._augmented)
+        return _load(step, self.images, views % len(self.images), keys, joint, watch)
 
     def _augmented(self, image: Picture, key: int) -> Float[Tensor, "c rows columns"]:
+        assert not isinstance(self.transform, Joint)
         return self.transform(image if isinstance(image, np.ndarray) else decode(image), key)
 
 
 @dataclass(frozen=True)
 class _Ordered:
     images: ImageSet
-    preprocess: Callable[[Picture], Float[Tensor, "c rows columns"]]
+    preprocess: Callable[[Picture], Float[Tensor, "c rows columns"]] | Joint
     batch_size: int
     part: range
 
     def __call__(self, step: int, watch: Watch) -> Loaded:
         index = np.array(self.part[step * self.batch_size : (step + 1) * self.batch_size])
-        return _load(step, self.images, index, np.zeros_like(index), lambda image, key: self.preprocess(image), watch)
+        joint = self.preprocess if isinstance(self.preprocess, Joint) else _Classes(self._prepared)
+        return _load(step, self.images, index, np.zeros_like(index), joint, watch)
+
+    def _prepared(self, image: Picture, key: int) -> Float[Tensor, "c rows columns"]:
+        assert not isinstance(self.preprocess, Joint)
+        return self.preprocess(image)
 
 
 def _load(
@@ -162,25 +198,27 @@ def _load(
     images: ImageSet,
     index: Int64[np.ndarray, " b"],
     keys: Int64[np.ndarray, " b"],
-    read: Callable[[Picture, int], Float[Tensor, "c rows columns"]],
+    joint: Joint,
     watch: Watch,
 ) -> Loaded:
-    pixels, facts, refused = [], [], []
+    pixels, targets, facts, refused = [], [], [], []
     for i, key in zip(index.tolist(), keys.tolist(), strict=True):
-        image, target, name = images.samples[i]
+        image, marks, name = images.samples[i]
         if (why := watch(i)) is not None:
             refused.append(Refused(name, why))
             continue
         try:
-            pixels.append(read(image, key))
+            seen, target = joint(image, marks, key)
         except ImageError as error:
             refused.append(Refused(name, error.reason))
         else:
-            facts.append((target, i, key))
+            pixels.append(seen)
+            targets.append(target)
+            facts.append((i, key))
     if not pixels:
         return Loaded(step, None, refused)
     together, sizes = collate(pixels)
-    return Loaded(step, Batch(together, *torch.tensor(facts).unbind(dim=1), sizes), refused)
+    return Loaded(step, Batch(together, joint.together(targets), *torch.tensor(facts).unbind(dim=1), sizes), refused)
 
 
 def _pinned(loaded: Loaded) -> Loaded:

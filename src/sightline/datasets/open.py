@@ -13,18 +13,25 @@ from sightline.registry import find
 _BUILTIN = "builtin:"
 
 
-def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) -> Splits:
-    """Opens a folder of class folders, an archive of one, a CSV file with `path,label`, or `builtin:NAME`.
+def open_dataset(source: str | Path, *, task: str = "classify", seed: int = 0, held_out: float = 0.2) -> Splits:
+    """Opens what a task learns from, or `builtin:NAME`; nothing is written.
 
-    Nothing is written.
-
-    Where the data has no validation part of its own, `held_out` (0 to 1) of each class is set apart by `seed`. The
-    built-in sets are the `BUILTIN` tables of this room: from (seed, held_out) to `Splits`. Raises UserError for what is
-    not there, cannot be read, or would be wrong to train on.
+    Each task has its reader in the `READERS` tables of this room: from (path, seed, held_out) to `Splits`. The built-in
+    sets are the `BUILTIN` tables: from (seed, held_out) to `Splits`. Where the data has no validation part of its own,
+    `held_out` (0 to 1) of each class is set apart by `seed`. Raises UserError for what is not there, cannot be read,
+    or would be wrong to train on.
     """
     if str(source).startswith(_BUILTIN):
-        return find("datasets", "BUILTIN", str(source).removeprefix(_BUILTIN), "built-in dataset")(seed, held_out)
-    path = Path(source)
+        splits = find("datasets", "BUILTIN", str(source).removeprefix(_BUILTIN), "built-in dataset")(seed, held_out)
+        if task not in splits.tasks:
+            fitting = " or ".join(f"--task {name}" for name in splits.tasks)
+            raise UserError(f"{printable(source)} has nothing that '{printable(task)}' could learn from: {fitting}")
+        return splits
+    return find("datasets", "READERS", task, "task with a format on disk")(Path(source), seed, held_out)
+
+
+def open_classes(path: Path, seed: int, held_out: float) -> Splits:
+    """Opens a folder of class folders, an archive of one, or a CSV file with `path,label`. Raises UserError."""
     if os.path.isdir(path):  # noqa: PTH112  (False where a folder above is closed to us, not an exception)
         return read_splits(path, seed=seed, held_out=held_out)
     if path.suffix.lower() == ".csv":
@@ -34,3 +41,6 @@ def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) ->
     known = f"a folder, an archive ({', '.join(SUFFIXES)}), a CSV file, or one like builtin:digits"
     problem = "is none of these" if os.path.exists(path) else "does not exist"  # noqa: PTH110
     raise UserError(f"{printable(path)} {problem}: a dataset is {known}")
+
+
+READERS = {"classify": open_classes}

@@ -23,7 +23,7 @@ class Splits:
     """What to learn from and what to judge by.
 
     `notes` are sentences for people: what was found and what left out. `drawn` says that the data has no validation
-    part of its own, and that this one was drawn from it by a seed.
+    part of its own, and that this one was drawn from it by a seed. `tasks` can be learned from what is marked in them.
     """
 
     train: ImageSet
@@ -31,6 +31,7 @@ class Splits:
     source: str
     notes: list[str]
     drawn: bool = False
+    tasks: tuple[str, ...] = ("classify",)
 
     def together(self) -> ImageSet:
         """All images of both parts."""

@@ -1,15 +1,16 @@
 """How often a classifier is right, by every count that a person would ask for."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sightline.device import free_memory, out_of_memory
-from sightline.errors import WorkError
+from sightline.errors import printable
+from sightline.evaluation.measure import Measure, weigh
 from sightline.types import Batch
 
 WORST = 12
@@ -17,7 +18,7 @@ WORST = 12
 
 
 @dataclass
-class Accuracy:
+class Accuracy(Measure):
     """Counts over a labelled set; sums of parts are the counts of the whole.
 
     `confusion[i, j]` counts images of class i that were called j. Images that could not be read are `refused`: they
@@ -48,6 +49,9 @@ class Accuracy:
         losses = nn.functional.cross_entropy(logits, targets, reduction="none").double()
         self.loss, self.loss_squares = self.loss + float(losses.sum()), self.loss_squares + float(losses.square().sum())
 
+    def take(self, output: Float[Tensor, "b k"], batch: Batch) -> None:
+        self.add(output, batch.targets, batch.index)
+
     def merge(self, others: Iterable["Accuracy"]) -> "Accuracy":
         """The counts of this part and others together."""
         for other in others:
@@ -63,7 +67,6 @@ class Accuracy:
 
     @property
     def evaluated(self) -> int:
-        """Images that got an answer."""
         return int(self.confusion.sum())
 
     def metrics(self) -> dict[str, float]:
@@ -74,6 +77,24 @@ class Accuracy:
             "top5": self.top5 / total if total else 0.0,
             "loss": self.loss / max(self.evaluated, 1),
         }
+
+    def told(self) -> dict[str, float]:
+        return {"balanced": self.balanced(), "commonest": self.commonest(), "loss_error": self.loss_error()}
+
+    def headline(self) -> str:
+        metrics = self.metrics()
+        return f"top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}"
+
+    def lines(self, labels: Sequence[str]) -> list[str]:
+        rows = [f"{'class':24} {'images':>7} {'recall':>8} {'precision':>10} {'F1':>8}"]
+        for row in self.per_class(labels):
+            label = printable(row["label"], 24)
+            rows.append(f"{label:24} {row['images']:7,} {row['recall']:8.1%} {row['precision']:10.1%} {row['f1']:8.1%}")
+        return rows
+
+    def details(self, labels: Sequence[str]) -> Mapping[str, Any]:
+        rows = [dict(row) for row in self.per_class(labels)]
+        return {"labels": list(labels), "per_class": rows, "confusion": self.confusion.tolist()}
 
     def balanced(self) -> float:
         """The mean over classes of the share of their images that were recognised; classes without images do not count.
@@ -103,7 +124,6 @@ class Accuracy:
         ]
 
 
-@torch.inference_mode()
 def accuracy(
     network: nn.Module,
     batches: Iterable,
@@ -113,36 +133,5 @@ def accuracy(
     precision: torch.dtype = torch.float32,
     heed: Callable[[], None] = lambda: None,
 ) -> Accuracy:
-    """The counts of a network over batches of (step, Batch, refused); the network is left in the mode it was in.
-
-    Where memory does not suffice for a batch, it is computed in halves, and so are those after it. `heed` is called
-    after every batch, and may raise to end it all. Raises WorkError where memory does not even suffice for one image.
-    """
-    counts, training, most = Accuracy(classes), network.training, 2**62
-    network.eval()
-    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        for _, batch, refused in batches:
-            counts.refused.extend(refused)
-            if batch is not None:
-                logits, most = _logits(network, batch, device, most)
-                counts.add(logits, batch.targets, batch.index)
-            heed()
-    network.train(training)
-    return counts
-
-
-def _logits(network: nn.Module, batch: Batch, device: torch.device, most: int) -> tuple[Float[Tensor, "b k"], int]:
-    """The logits of a batch, and how many images at a time memory sufficed for, where it did not for `most`."""
-    count = len(batch.index)
-    while True:
-        size = min(most, count)
-        try:
-            parts = [batch.part(begin, begin + size) for begin in range(0, count, size)]
-            return torch.cat([network(part.pixels.to(device), part.sizes) for part in parts]), most
-        except (RuntimeError, MemoryError) as fault:
-            if not out_of_memory(fault):
-                raise
-        free_memory(device)
-        if size == 1:
-            raise WorkError("memory does not suffice to evaluate one image: take smaller images or a smaller model")
-        most = size // 2
+    """The counts of a classifier over batches of (step, Batch, refused); see `weigh`."""
+    return weigh(network, batches, Accuracy(classes), device=device, precision=precision, heed=heed)

@@ -13,7 +13,7 @@ from sightline.explanation.page import Page
 from sightline.explanation.render import Box, fitted
 from sightline.images.decode import Limits, Source, decode
 from sightline.images.preprocess import Preprocess
-from sightline.types import Prediction
+from sightline.types import Reply
 
 
 def seen_box(preprocess: Preprocess, height: int, width: int) -> Box:
@@ -38,7 +38,7 @@ def explain_image(
     out_dir: str | os.PathLike[str],
     *,
     name: str = "image",
-    prediction: Prediction | None = None,
+    prediction: Reply | None = None,
     layers: Sequence[int] | None = None,
     limits: Limits | None = None,
 ) -> tuple[Explanation, Path]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sightline.explanation.explain import Explanation
 from sightline.explanation.render import View, filter_sheet, overlay, png, seen_part, sheet, tiles
-from sightline.types import Prediction
+from sightline.types import Reply
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1f24; --soft: #646a75; --line: #d9dce2; --ground: #fff; --dot: #b3261e }
@@ -67,7 +67,7 @@ class Page:
     image: UInt8[np.ndarray, "h w 3"]
     view: View
     name: str
-    prediction: Prediction | None = None
+    prediction: Reply | None = None
     _png: dict[str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class Page:
     def _answer(self) -> str:
         if self.prediction is None:
             return ""
-        rows = (f"<tr><th>{escape(s.label)}</th><td>{s.score:.1%}</td></tr>" for s in self.prediction.top)
+        rows = (f"<tr><th>{escape(s.label)}</th><td>{s.score:.1%}</td></tr>" for s in self.prediction.rows())
         return f"<table>{''.join(rows)}</table>"
 
     def _figure(self, name: str, caption: str) -> str:
@@ -160,7 +160,7 @@ class Page:
                 else "<h2>Class activation</h2><p>Left out: it is exact only where one dense layer reads the mean of "
                 "all places, and this network's head does something else.</p>"
             )
-        scores = () if self.prediction is None else self.prediction.top
+        scores = () if self.prediction is None else self.prediction.rows()
         label = next((s.label for s in scores if s.index == explanation.activation_class), None)
         named = f"class {explanation.activation_class}" if label is None else f"“{escape(label)}”"
         figures = [self._figure("original.png", "The image"), self._figure("activation.png", "Class activation")]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline.schema import require
-from sightline.types import Prediction, Score, Step, Tokens
+from sightline.types import Placement, Prediction, Score, Step, Tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class ClassifyHead(nn.Module):
 
     Config = ClassifyConfig
     task = "classify"
+    per_class = ("classifier.", "distillation_classifier.")
+    before_classes = ("pre_logits.",)
 
     def __init__(self, config: ClassifyConfig, width: int):
         super().__init__()
@@ -91,7 +93,15 @@ class ClassifyHead(nn.Module):
         of_class, of_distillation = (self.drop(token) for token in self._two(tokens))
         return self.classifier(of_class), self.distillation_classifier(of_distillation)
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "b k"]:
+    def renew(self) -> None:
+        """Forgets the classes: the classifier starts at zero again."""
+        if self.classifier is not None:
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self, tokens: Tokens, size: tuple[int, int] | None = None, sizes: Int[Tensor, "b 2"] | None = None
+    ) -> Float[Tensor, "b k"]:
         """Logits [batch, classes]; of two classifiers, their mean. Features [batch, width] where there is none."""
         if self.distillation_classifier is not None:
             of_class, of_distillation = self.pair(tokens)
@@ -105,7 +115,13 @@ class ClassifyHead(nn.Module):
         accuracy = (output.detach().argmax(dim=1) == hard).float().mean()
         return Step(F.cross_entropy(output.float(), target), {"accuracy": accuracy})
 
-    def read(self, output: Float[Tensor, "b k"], labels: Sequence[str], top: int = 5) -> list[Prediction]:
+    def read(
+        self,
+        output: Float[Tensor, "b k"],
+        labels: Sequence[str],
+        top: int = 5,
+        places: Sequence[Placement] | None = None,
+    ) -> list[Prediction]:
         """The answer for each image: the `top` most probable classes in falling order."""
         scores, indices = output.float().softmax(dim=1).topk(min(top, output.shape[1]), dim=1)
         return [

@@ -14,7 +14,7 @@ from sightline.backbones.text import TextTower
 from sightline.errors import printable
 from sightline.layers.encoder import ACTIVATIONS
 from sightline.schema import require
-from sightline.types import Prediction, Score, Tokens
+from sightline.types import Placement, Prediction, Score, Tokens
 
 MOST_LAYERS, MOST = 2**10, 2**20
 
@@ -82,6 +82,8 @@ class ClipHead(nn.Module):
 
     Config = ClipConfig
     task = "clip"
+    per_class = ()
+    before_classes = ()
 
     def __init__(self, config: ClipConfig, width: int):
         super().__init__()
@@ -109,7 +111,12 @@ class ClipHead(nn.Module):
         """An image's place in the common space, [batch, projection_dim], not normalised."""
         return self.projection(tokens.x[:, 0] if tokens.prefix else tokens.mean())
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
+    def renew(self) -> None:
+        """There are no classes to forget: what was learned goes on."""
+
+    def forward(
+        self, tokens: Tokens, size: tuple[int, int] | None = None, sizes: Int[Tensor, "b 2"] | None = None
+    ) -> Float[Tensor, "b d"]:
         return self.features(tokens)
 
     def encode_text(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b d"]:
@@ -128,7 +135,13 @@ class ClipHead(nn.Module):
         """Keeps the factor of the cosines at `MAX_SCALE` or below."""
         self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def read(self, output: Float[Tensor, "b k"], labels: Sequence[str], top: int = 5) -> list[Prediction]:
+    def read(
+        self,
+        output: Float[Tensor, "b k"],
+        labels: Sequence[str],
+        top: int = 5,
+        places: Sequence[Placement] | None = None,
+    ) -> list[Prediction]:
         """The answer for each image from its logits for the texts of `labels`: the `top` most probable of them."""
         scores, indices = output.float().softmax(dim=1).topk(min(top, output.shape[1]), dim=1)
         return [

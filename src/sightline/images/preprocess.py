@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from sightline.errors import UserError, printable, suggest
-from sightline.images.decode import Limits, Source, decode
+from sightline.images.decode import Limits, Source, decode, image_size
+from sightline.types import Placement
 
 Resize = Literal["squash", "crop", "pad", "native"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -102,6 +103,12 @@ class Preprocess:
         """Normalised pixels of a path, bytes, PIL image or array. Raises UserError where it cannot be read."""
         return self.normalise(self.pixels(source, limits=limits))
 
+    def placed(self, source: Source, *, limits: Limits | None = None) -> tuple[Float[Tensor, "3 h w"], Placement]:
+        """The same pixels, and where the upright image lies in them. Raises UserError where it cannot be read."""
+        image = decode(source, limits=limits, target=self._smallest() if self.draft else None)
+        size = image_size(source, limits=limits) if self.draft else (image.shape[0], image.shape[1])
+        return self.normalise(self.fit(image)), self.placement(*size)
+
     def pixels(self, source: Source, *, limits: Limits | None = None) -> UInt8[Tensor, "3 h w"]:
         """The stage before normalisation: upright RGB at the final size, 0 to 255. Raises UserError."""
         return self.fit(decode(source, limits=limits, target=self._smallest() if self.draft else None))
@@ -155,6 +162,15 @@ class Preprocess:
         return collate([self(source, limits=limits) for source in sources])
 
     # Sizes
+
+    def placement(self, height: int, width: int) -> Placement:
+        """Where an upright image of this size lies in what a network reads of it."""
+        rows, columns = self.scaled(height, width)
+        scale = rows / height, columns / width
+        if self.resize == "native":
+            return Placement((height, width), scale, (0.0, 0.0))
+        top, left = (self._cut(length, wanted)[0] for length, wanted in zip((rows, columns), self.size, strict=True))
+        return Placement((height, width), scale, (-float(top), -float(left)))
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
         """The intermediate size of an image of this size."""

@@ -67,7 +67,7 @@ def write_csv(answers: Iterable[Answer], stream: TextIOBase) -> Iterator[Answer]
         if answer.prediction is None:
             rows = [[path, "", "", "", _inert(answer.error or "")]]
         else:
-            rows = [[path, _inert(s.label), s.index, s.score, ""] for s in answer.prediction.top]
+            rows = [[path, _inert(s.label), s.index, s.score, ""] for s in answer.prediction.rows()]
         for row in rows:
             # Where a spreadsheet takes semicolons or tabs for the ends of cells, quotes keep the first one together.
             (quoted if any(mark in str(cell) for cell in row for mark in ";\t") else plain).writerow(row)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from sightline.errors import UserError, WorkError, printable
 from sightline.images.decode import ImageError, Source
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network
-from sightline.types import Prediction
+from sightline.types import Placement, Reply, each, finite
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Answer:
     """What came of one source: a `prediction`, or an `error` that says why there is none."""
 
     path: str
-    prediction: Prediction | None = None
+    prediction: Reply | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -35,6 +36,7 @@ class _Image:
 
     path: str
     pixels: Float[Tensor, "3 h w"]
+    place: Placement
 
 
 class Predictor:
@@ -107,15 +109,14 @@ class Predictor:
 
     def _answer(self, images: Sequence[_Image]) -> Iterator[Answer]:
         output = self._run(images, features=False)
-        finite = output.isfinite().all(dim=1).tolist()
-        predictions = self.network.head.read(output, self.labels, self.top)
-        for image, prediction, good in zip(images, predictions, finite, strict=True):
+        predictions = self.network.head.read(output, self.labels, self.top, [image.place for image in images])
+        for image, prediction, good in zip(images, predictions, finite(output).tolist(), strict=True):
             if good:
                 yield Answer(image.path, prediction)
             else:
                 yield Answer(image.path, error="the model's answer is not a number: damaged weights, or try fp32")
 
-    def _run(self, images: Sequence[_Image], *, features: bool) -> Float[Tensor, "b k"]:
+    def _run(self, images: Sequence[_Image], *, features: bool) -> Any:
         pixels = torch.stack([image.pixels for image in images]).to(self.device)
         self.network.eval()
         try:
@@ -124,7 +125,7 @@ class Predictor:
                 torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
             ):
                 output = self.network.embed(pixels) if features else self.network(pixels)
-            return output.float().cpu()
+            return each(output, lambda values: values.float().cpu())
         except torch.OutOfMemoryError as error:
             raise WorkError(
                 f"{self.device} has too little memory for {len(images)} images at a time: choose a smaller batch size"
@@ -164,6 +165,6 @@ class Predictor:
             return source
         path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "image"
         try:
-            return _Image(path, self.preprocess(source))
+            return _Image(path, *self.preprocess.placed(source))
         except ImageError as error:
             return Answer(path, error=f"cannot decode: {error.reason}")

@@ -1,10 +1,10 @@
 """Chooses what the user leaves open: by the images, by the machine, and by the time there is."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from sightline.checkpoints.load import load_bundle
 from sightline.datasets.image_set import ImageSet
@@ -12,9 +12,11 @@ from sightline.device import pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
 from sightline.recipes.fine_tune import RECIPES
-from sightline.recipes.from_scratch import from_scratch
 from sightline.recipes.pace import measure, micro_batch
 from sightline.recipes.recipe import Facts, Recipe, facts
+from sightline.recipes.task import Task
+from sightline.registry import find
+from sightline.schema import from_json
 from sightline.training.distributed import World
 
 SMALL_WORK = 2e10
@@ -22,6 +24,7 @@ SMALL_WORK = 2e10
 
 
 def autopilot(
+    task: Task,
     images: ImageSet,
     world: World,
     *,
@@ -40,11 +43,11 @@ def autopilot(
     """
     seed = int(settings.get("seed", 0))
     told = {"horizontal_flip", "vertical_flip"} <= set(augment)
-    known = facts(images, seed, reflections=not told)
+    known = facts(images, seed, reflections=not told and images.samples.marks is None)
 
     def pace(candidate: Recipe) -> float:
         candidate = _sharing(candidate.told(settings, augment), candidate.architecture.build(), len(images), world)
-        return _measured(candidate, candidate.architecture.build(), world)[0]
+        return _measured(task, candidate, candidate.architecture.build(), world)[0]
 
     torch.manual_seed(seed)
     if weights is None or str(weights) == "none":
@@ -52,13 +55,13 @@ def autopilot(
             raise UserError(f"recipe '{recipe}' starts from weights: name them with --weights")
         if resize == "native" and model is None:
             network = {"tokenizer": "patch", **network}  # convolutions cannot read images of unlike sizes in one batch
-        chosen = from_scratch(known, model=model, minutes=settings.get("minutes"), pace=pace, **network)
+        chosen = task.from_scratch(known, model=model, minutes=settings.get("minutes"), pace=pace, **network)
         torch.manual_seed(seed)
         taught = chosen.architecture.build()
     else:
-        chosen, taught = _from_weights(known, model, weights, recipe or "fine-tune", network)
+        chosen, taught = _from_weights(task, known, model, weights, recipe or "fine-tune", network)
     chosen = _sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
-    seconds, memory = _measured(chosen, taught, world)
+    seconds, memory = _measured(task, chosen, taught, world)
     parts = chosen.settings.micro_batch or world.agree(micro_batch(chosen.settings, memory, world.device))
     remarks = [_estimate(chosen, seconds, len(images))]
     if parts != chosen.settings.micro_batch:
@@ -67,18 +70,27 @@ def autopilot(
 
 
 def _from_weights(
-    known: Facts, model: str | None, weights: Any, recipe: str, overrides: Mapping[str, Any]
+    task: Task, known: Facts, model: str | None, weights: Any, recipe: str, overrides: Mapping[str, Any]
 ) -> tuple[Recipe, Network]:
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe '{recipe}'.{suggest(recipe, RECIPES)} There are {', '.join(RECIPES)}.")
-    bundle = load_bundle(weights, architecture=model, num_classes=known.classes, **overrides)
-    preprocess = bundle.preprocess.at(bundle.network.architecture.backbone.image_size)
-    chosen = RECIPES[recipe](known, bundle.network.architecture, preprocess)
+    kind = find("heads", "HEADS", task.name, "task").Config
+    rest = {name: value for name, value in overrides.items() if name not in kind.__dataclass_fields__}
+    bundle = load_bundle(weights, architecture=model, num_classes=known.classes, **rest)
+    if bundle.task == task.name and len(rest) < len(overrides):
+        bundle = load_bundle(weights, architecture=model, num_classes=known.classes, **overrides)
+    learned = bundle.network.architecture
+    preprocess = bundle.preprocess.at(learned.backbone.image_size)
+    if learned.task != task.name:  # the backbone alone has learned before
+        own = {name: value for name, value in overrides.items() if name not in rest}
+        head = from_json(kind, {**own, "num_classes": known.classes}, f"the head for '{task.name}'")
+        learned = replace(learned, task=task.name, head=head)
+    chosen = task.adapted(RECIPES[recipe](known, learned, preprocess))
     network = chosen.architecture.build()
-    network.load_state_dict(bundle.network.state_dict())
-    head = network.head.classifier
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    network.backbone.load_state_dict(bundle.network.backbone.state_dict())
+    if bundle.task == task.name:
+        network.head.load_state_dict(bundle.network.head.state_dict())
+        network.head.renew()
     return chosen, network
 
 
@@ -102,13 +114,21 @@ def _sharing(recipe: Recipe, network: Network, images: int, world: World) -> Rec
     return recipe.told({"batch_size": batch, "threads": threads}, {})
 
 
-def _measured(recipe: Recipe, network: Network, world: World) -> tuple[float, int]:
+def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> tuple[float, int]:
     """Seconds of an update and bytes for an image, as the first process finds them."""
     precision = pick_precision(recipe.settings.precision, world.device)
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.settings.threads or before)
     try:
-        found = measure(network, recipe.told({"compile": False}, {}).settings, world.device, precision)
+        settings = recipe.told({"compile": False}, {}).settings
+        found = measure(
+            network,
+            settings,
+            world.device,
+            precision,
+            teach=lambda copy: task.objective(copy, settings),
+            targets=task.noise,
+        )
     finally:
         torch.set_num_threads(before)
     return world.agree((found.seconds / world.size, found.memory))

@@ -15,7 +15,7 @@ from sightline.errors import UserError, printable
 from sightline.explanation.files import explain_image
 from sightline.inference.files import to_json
 from sightline.inference.predictor import Answer
-from sightline.recipes.classify import Trained, train
+from sightline.recipes.train import Trained, train
 from sightline.training.settings import Settings
 
 SHOWN = 4

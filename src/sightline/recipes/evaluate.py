@@ -10,12 +10,12 @@ from sightline.checkpoints.files import read_json
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.naming import some
-from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
 from sightline.errors import UserError
-from sightline.evaluation.accuracy import accuracy
+from sightline.evaluation.measure import weigh
 from sightline.model import load
+from sightline.recipes.task import task_of
 from sightline.schema import require
 
 
@@ -23,7 +23,8 @@ from sightline.schema import require
 class Evaluated:
     """What an evaluation found. Refused images stand in the denominator of every metric.
 
-    `report` is the page about the model's own training, where there is one.
+    `details` are what the task tells beside its metrics, `headline` and `lines` the same for people. `report` is the
+    page about the model's own training, where there is one.
     """
 
     model: str
@@ -31,9 +32,9 @@ class Evaluated:
     metrics: Mapping[str, float]
     counts: Mapping[str, int]
     seconds: Mapping[str, float]
-    per_class: Sequence[Mapping[str, Any]]
-    confusion: Sequence[Sequence[int]]
-    labels: Sequence[str]
+    details: Mapping[str, Any]
+    headline: str
+    lines: Sequence[str]
     refused: Sequence[tuple[str, str]]
     notes: Sequence[str]
     report: str | None
@@ -47,9 +48,7 @@ class Evaluated:
             "counts": dict(self.counts),
             "seconds": dict(self.seconds),
             "report": self.report,
-            "labels": list(self.labels),
-            "per_class": [dict(row) for row in self.per_class],
-            "confusion": [list(row) for row in self.confusion],
+            **self.details,
             "refused": [{"path": name, "error": reason} for name, reason in self.refused],
         }
 
@@ -77,20 +76,21 @@ def evaluate(
     where = pick_device(device)
     folder = Path(source)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    splits = open_dataset(data, seed=int(record.get("seed", 0)) if seed is None else seed)
+    task = task_of(model.task)
+    splits = task.open(data, int(record.get("seed", 0)) if seed is None else seed)
     chosen, notes = _part(splits, record, seed)
     images = _in_order_of(model.labels, chosen, str(data))
     loader = OrderedLoader(
         images,
-        model.preprocess,
+        task.prepared(model.preprocess),
         batch_size=batch_size,
         workers=workers if images.samples.arrays is None else 0,
     )
     began = time.monotonic()
-    counts = accuracy(
+    counts = weigh(
         model.network.to(where),
         loader,
-        len(model.labels),
+        task.measure(images, model.preprocess),
         device=where,
         precision=pick_precision(precision, where),
     )
@@ -100,9 +100,9 @@ def evaluate(
         counts.metrics(),
         {"evaluated": counts.evaluated, "refused": len(counts.refused)},
         {"evaluate": round(time.monotonic() - began, 2)},
-        counts.per_class(model.labels),
-        counts.confusion.tolist(),
-        model.labels,
+        counts.details(model.labels),
+        counts.headline(),
+        counts.lines(model.labels),
         counts.refused,
         notes,
         str(folder / "report.html") if (folder / "report.html").is_file() else None,

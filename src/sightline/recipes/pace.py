@@ -2,14 +2,17 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sightline.device import out_of_memory
 from sightline.network import Network
+from sightline.objectives.objective import Objective
 from sightline.objectives.supervised import Supervised
 from sightline.training.distributed import World
 from sightline.training.settings import Settings
@@ -23,6 +26,15 @@ SHARE = 0.5
 """Part of the free memory that what is kept for the backward pass may take."""
 
 
+Targets = Callable[[int, tuple[int, int]], Any]
+"""Targets for a number of images of a (height, width)."""
+
+
+def class_indices(images: int, size: tuple[int, int]) -> Tensor:
+    """The first class for every image."""
+    return torch.zeros(images, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Pace:
     """`seconds` of an update of the weights, on the machine as busy as it was, and `memory` of one image in bytes."""
@@ -31,17 +43,28 @@ class Pace:
     memory: int
 
 
-def measure(network: Network, settings: Settings, device: torch.device, precision: torch.dtype) -> Pace:
-    """Teaches a copy of the network on noise for a second or so; a large batch is measured by a part of it."""
+def measure(
+    network: Network,
+    settings: Settings,
+    device: torch.device,
+    precision: torch.dtype,
+    *,
+    teach: Callable[[Network], Objective] = Supervised,
+    targets: Targets = class_indices,
+) -> Pace:
+    """Teaches a copy of the network on noise for a second or so; a large batch is measured by a part of it.
+
+    `teach` makes the objective, and `targets` those of a number of images of a size.
+    """
     shape = network.architecture.backbone
     with torch.random.fork_rng(devices=[]):
         copy = network.architecture.build()
-        objective = Supervised(copy.to(device)).train()
-        memory = _memory(objective, _noise(2, shape.in_chans, shape.image_size))
+        objective = teach(copy.to(device)).train()
+        memory = _memory(objective, _noise(2, shape.in_chans, shape.image_size, targets))
         updater = Updater(objective, settings, World(0, 1, device), precision)
         pace, images = 0.0, min(4, settings.batch_size)
         for _ in range(4):
-            batch = _noise(images, shape.in_chans, shape.image_size)
+            batch = _noise(images, shape.in_chans, shape.image_size, targets)
             began = time.perf_counter()
             try:
                 updater(batch, 0, settings.lr)
@@ -76,12 +99,12 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _noise(images: int, channels: int, size: tuple[int, int]) -> Batch:
+def _noise(images: int, channels: int, size: tuple[int, int], targets: Targets) -> Batch:
     index = torch.arange(images)
-    return Batch(torch.randn(images, channels, *size), torch.zeros_like(index), index, index)
+    return Batch(torch.randn(images, channels, *size), targets(images, size), index, index)
 
 
-def _memory(objective: Supervised, batch: Batch) -> int:
+def _memory(objective: Objective, batch: Batch) -> int:
     """Bytes that the forward pass keeps for the backward pass, for each image."""
     kept: dict[int, int] = {}
 

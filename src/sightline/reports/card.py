@@ -1,6 +1,7 @@
 """The model card: what a stranger has to know before using the model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,16 @@ from sightline.errors import printable
 
 _CARD = """---
 library_name: sightline
-pipeline_tag: image-classification
-tags: [vision-transformer, image-classification]
+pipeline_tag: {tag}
+tags: [vision-transformer, {tag}]
 ---
 # {name}
 
-An image classifier trained with Sightline {version} on `{source}`.
+{what} trained with Sightline {version} on `{source}`.
 
 | | |
 |---|---|
-| top-1 accuracy, held out | {top1:.2%} ({evaluated:,} images, {refused} refused) |
-| top-5 accuracy, held out | {top5:.2%} |
+{figures}
 | training images | {train:,} |
 | classes | {classes} |
 | recipe | {recipe}, seed {seed}, {seconds:.0f} s |
@@ -32,30 +32,48 @@ An image classifier trained with Sightline {version} on `{source}`.
 import sightline
 
 model = sightline.load("{folder}")
-print(model.predict(["image.jpg"])[0].label)
+print(model.predict(["image.jpg"])[0].{attribute})
 ```
 
 Pixels are prepared as `config.json` says; the same code prepares them in training, evaluation and prediction.
 
 ## Limits
 
-It knows these classes and no others, and answers with one of them for any image: {labels}.
+{limits}: {labels}.
 The held-out images come from the same source as the training images; on images of another source expect less.
 """
 
 
-def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Card:
+    """What a model card says of a task.
+
+    The hub's `tag` for it, `what` such a model is, the `attribute` of an answer that is shown, its `limits` before the
+    names of the classes, and the metrics by their public names with what people call them.
+    """
+
+    tag: str
+    what: str
+    attribute: str
+    limits: str
+    figures: Mapping[str, str]
+
+
+def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any], card: Card) -> None:
     """Writes `README.md` of a model directory from its run record."""
+    counts = f" ({record['counts']['evaluated']:,} images, {record['counts']['refused']} refused)"
+    figures = [f"| {name}, held out | {record['metrics'][key]:.2%}" for key, name in card.figures.items()]
     shown = [escape(printable(label, 40)) for label in labels[:50]]
     text = _CARD.format(
         name=escape(printable(folder.name)),
         folder=printable(folder.name).replace("`", "'"),
         version=record["environment"]["packages"]["sightline"],
         source=printable(record["data"]["source"]).replace("`", "'"),  # it stands between such marks
-        top1=record["metrics"]["top1"],
-        top5=record["metrics"]["top5"],
-        evaluated=record["counts"]["evaluated"],
-        refused=record["counts"]["refused"],
+        tag=card.tag,
+        what=card.what,
+        attribute=card.attribute,
+        limits=card.limits,
+        figures="\n".join(f"{row}{counts if i == 0 else ''} |" for i, row in enumerate(figures)),
         train=record["data"]["train"],
         classes=record["data"]["classes"],
         recipe=record["recipe"]["name"],

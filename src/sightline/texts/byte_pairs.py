@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -103,7 +104,7 @@ class Vocabulary:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, a blank after each word; those that begin and end it, and unknown ones, are left out."""
+        """The text of some ids, a blank after each word, without those that begin and end it."""
         known = [self.tokens[i] for i in ids if 0 <= i < len(self.tokens) and i not in (self.start, self.end)]
         joined = "".join(known).replace(WORD_END, " ")
         values = bytes(_BYTE_OF[character] if character != " " else 32 for character in joined)
@@ -141,7 +142,7 @@ class Vocabulary:
         symbols[-1] += WORD_END
         after = [*range(1, len(symbols)), -1]
         before = [*range(-1, len(symbols) - 1)]
-        pairs = zip(symbols, symbols[1:], strict=False)
+        pairs = pairwise(symbols)
         waiting = [(self.ranks[pair], i, *pair) for i, pair in enumerate(pairs) if pair in self.ranks]
         heapq.heapify(waiting)
         while waiting:

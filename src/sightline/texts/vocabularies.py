@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def learned(texts: Iterable[str], size: int = 2**10) -> Vocabulary:
     while len(tokens) + 2 < size:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, symbols in spelled.items():
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in pairwise(symbols):
                 pairs[pair] += counts[word]
         pairs = Counter({pair: n for pair, n in pairs.items() if pair[0] + pair[1] not in known})
         if not pairs:

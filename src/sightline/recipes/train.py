@@ -12,23 +12,21 @@ from torch import nn
 
 from sightline.checkpoints.directory import write_model
 from sightline.datasets.loader import OrderedLoader, TrainLoader
-from sightline.datasets.open import open_dataset
 from sightline.datasets.order import steps_per_epoch
 from sightline.datasets.preflight import quick
 from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
 from sightline.errors import UserError, WorkError, printable
-from sightline.evaluation.accuracy import Accuracy, accuracy
+from sightline.evaluation.measure import Measure, weigh
 from sightline.model import Model, load
 from sightline.network import Network
-from sightline.objectives.supervised import Supervised
 from sightline.recipes.autopilot import autopilot
 from sightline.recipes.recipe import Recipe
+from sightline.recipes.task import Task, task_of
 from sightline.reports.card import model_card
-from sightline.reports.report import Report
-from sightline.training.chart import Finding, Labels
+from sightline.training import loop as teaching
+from sightline.training.chart import Finding
 from sightline.training.distributed import World, join, leave
-from sightline.training.loop import Loop, Outcome, Task
 from sightline.training.run import RunFolder, environment, locked
 from sightline.training.signals import breaking_off
 
@@ -46,7 +44,7 @@ CLOSING = 4.0
 class Trained:
     """What a run left behind. Fractions lie between 0 and 1, `seconds` tell what the time went into.
 
-    `findings` are what the doctor named, in order.
+    `findings` are what the doctor named, in order; `headline` tells the figures that matter most.
     """
 
     directory: Path
@@ -55,6 +53,7 @@ class Trained:
     counts: Mapping[str, int]
     seconds: Mapping[str, float]
     findings: Sequence[Finding] = ()
+    headline: str = ""
 
     @property
     def model(self) -> Model:
@@ -82,6 +81,7 @@ class Trained:
 def train(
     data: str | Path,
     *,
+    task: str = "classify",
     model: str | None = None,
     weights: str | Path | None = None,
     out: str | Path | None = None,
@@ -95,9 +95,9 @@ def train(
     augment: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Trained:
-    """Teaches a classifier and writes its model directory with report and record.
+    """Teaches a network a task and writes its model directory with report and record.
 
-    `data` is a folder of class folders, a CSV file, or `builtin:digits`. `model` is an architecture's name and
+    `data` is what `open_dataset` takes for the task, a key of `TASKS`. `model` is an architecture's name and
     `weights` what `load` takes, or "none" for random ones; what is left out is chosen by the number and size of the
     images. `resize` is how images of other shapes are brought to `image_size`: squash, crop, pad, or native, which
     keeps each image's own aspect ratio at about as many pixels. `recipe` names one of `fine_tune.RECIPES`. `settings`
@@ -112,7 +112,8 @@ def train(
         held.callback(leave)
         if resume:
             record = folder.read()
-            splits = open_dataset(record["data"]["source"], seed=record["seed"])
+            what = task_of(str(record.get("task")))
+            splits = what.open(record["data"]["source"], record["seed"])
             _require_same_data(splits, record, folder)
             chosen = Recipe.from_json(record["recipe"], str(folder.record_file))
             chosen = chosen.told({name: settings[name] for name in RETOLD if name in settings}, {})
@@ -120,9 +121,11 @@ def train(
             taught = chosen.architecture.build()
         else:
             record = {}
+            what = task_of(task)
             folder.require_fresh()
-            splits = open_dataset(data, seed=int(settings.get("seed", 0)))
+            splits = what.open(data, int(settings.get("seed", 0)))
             chosen, taught, remarks = autopilot(
+                what,
                 splits.train,
                 world,
                 model=model,
@@ -142,20 +145,29 @@ def train(
                 folder.require_fresh()  # somebody may have been quicker
         held.enter_context(_threads(chosen.settings.threads or torch.get_num_threads()))
         spent = time.monotonic() - began
-        return _Run(folder, splits, chosen, taught, world, quiet).go(resume, record, remarks, spent)
+        return _Run(what, folder, splits, chosen, taught, world, quiet).go(resume, record, remarks, spent)
 
 
 class _Run:
     """One run from its loaders to its report."""
 
-    def __init__(self, folder: RunFolder, splits: Splits, recipe: Recipe, network: Network, world: World, quiet: bool):
-        self.folder, self.splits, self.recipe, self.network = folder, splits, recipe, network
+    def __init__(
+        self,
+        task: Task,
+        folder: RunFolder,
+        splits: Splits,
+        recipe: Recipe,
+        network: Network,
+        world: World,
+        quiet: bool,
+    ):
+        self.task, self.folder, self.splits, self.recipe, self.network = task, folder, splits, recipe, network
         self.world, self.quiet = world, quiet
-        self.latest: Accuracy | None = None
+        self.latest: Measure | None = None
         self.precision = pick_precision(recipe.settings.precision, world.device)
         self.validation = OrderedLoader(
             splits.val,
-            recipe.preprocess,
+            task.prepared(recipe.preprocess),
             batch_size=max(recipe.settings.batch_size, 64),
             rank=world.rank,
             world=world.size,
@@ -165,27 +177,23 @@ class _Run:
     def go(self, resume: bool, record: dict[str, Any], remarks: Sequence[str], spent: float) -> Trained:
         recipe, settings = self.recipe, self.recipe.settings
         record = record if resume else self._record()
-        objective = Supervised(
-            self.network,
-            smoothing=settings.smoothing,
-            mixup=settings.mixup,
-            cutmix=settings.cutmix,
-            switch_prob=settings.switch_prob,
-        )
         names, unsaid = self.splits.train.samples.names, dict(record)
-        task = Task(
-            objective,
+        task = teaching.Task(
+            self.task.objective(self.network, settings),
             settings,
             self._batches,
             len(self.splits.train),
             steps_per_epoch(len(self.splits.train), settings.batch_size),
             self._evaluate,
+            score=self.task.score,
             name=lambda i: names[i],
-            labels=self._labels(),
+            labels=self.task.labels(self.splits),
             begin=lambda: self.folder.write(unsaid),
             aside=spent + CLOSING,
         )
-        loop = Loop(task, self.world, self.folder.path, precision=self.precision, resume=resume, quiet=self.quiet)
+        loop = teaching.Loop(
+            task, self.world, self.folder.path, precision=self.precision, resume=resume, quiet=self.quiet
+        )
         for line in [*self.splits.notes, *recipe.describe(), *remarks]:
             loop.journal.say(line)
         self.validation.tell(loop.journal.say)
@@ -198,7 +206,7 @@ class _Run:
                 raise
             return self._finished(outcome, record)
 
-    def _finished(self, outcome: Outcome, record: dict[str, Any]) -> Trained:
+    def _finished(self, outcome: teaching.Outcome, record: dict[str, Any]) -> Trained:
         """Weighs the network where that is still to do, and writes everything that stays."""
         settings = self.recipe.settings
         fresh = self.latest if settings.patience is None else None  # patience may have gone back to older weights
@@ -206,11 +214,12 @@ class _Run:
         metrics = counts.metrics()
         trained = Trained(
             self.folder.path,
-            "classify",
+            self.task.name,
             metrics,
             {"evaluated": counts.evaluated, "refused": len(counts.refused)},
             {"train": round(outcome.seconds, 2)},
             outcome.findings,
+            counts.headline(),
         )
         if self.world.first:
             record |= {
@@ -230,7 +239,7 @@ class _Run:
         settings = self.recipe.settings
         return TrainLoader(
             self.splits.train,
-            self.recipe.augment.bind(self.recipe.preprocess),
+            self.task.varied(self.recipe.augment, self.recipe.preprocess),
             batch_size=settings.batch_size,
             seed=settings.seed,
             steps=range(step, ENDLESS),
@@ -247,19 +256,14 @@ class _Run:
         counts = self.latest
         for name, reason in counts.refused if first else ():
             self.validation.say(f"held out, counts as wrong, {printable(name)}: {printable(reason)}")
-        told = {"balanced": counts.balanced(), "commonest": counts.commonest(), "loss_error": counts.loss_error()}
-        return counts.metrics() | told
+        return counts.metrics() | counts.told()
 
-    def _labels(self) -> Labels:
-        train, val = self.splits.train, self.splits.val
-        return Labels(train.classes, tuple(train.counts().values()), tuple(val.counts().values()))
-
-    def _weigh(self, network: nn.Module, heed: Callable[[], None] = lambda: None) -> Accuracy:
+    def _weigh(self, network: nn.Module, heed: Callable[[], None] = lambda: None) -> Measure:
         """The counts of a network over the validation images, over all processes."""
-        part = accuracy(
+        part = weigh(
             network,
             self.validation,
-            len(self.splits.val.classes),
+            self.task.measure(self.splits.val, self.recipe.preprocess),
             device=self.world.device,
             precision=self.precision,
             heed=heed,
@@ -270,7 +274,7 @@ class _Run:
     def _record(self) -> dict[str, Any]:
         return {
             "status": "begun",
-            "task": "classify",
+            "task": self.task.name,
             "seed": self.recipe.settings.seed,
             "data": {
                 "source": self.splits.source,
@@ -283,13 +287,14 @@ class _Run:
             "environment": environment(self.world.device, self.precision),
         }
 
-    def _write(self, network: Network, counts: Accuracy, record: dict[str, Any]) -> None:
+    def _write(self, network: Network, counts: Measure, record: dict[str, Any]) -> None:
         network = network.to("cpu").eval()
         labels = self.splits.train.classes
-        report = Report(self.folder.path, network, self.recipe.preprocess, labels, self.splits.val, counts, record)
+        about = self.folder.path, network, self.recipe.preprocess, labels, self.splits.val, counts, record
+        report = self.task.report(*about)
         write_model(self.folder.path, network, self.recipe.preprocess, labels)
         report.write()
-        model_card(self.folder.path, labels, record)
+        model_card(self.folder.path, labels, record, report.card)
         self.folder.write(record)
 
 

@@ -1,0 +1,85 @@
+"""What a task brings to a run. One more task is one more file here with a `TASKS` table, and a head of the same name.
+
+`train` and `evaluate` know nothing else of what is being learned.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sightline.datasets.image_set import ImageSet
+from sightline.datasets.loader import Joint
+from sightline.datasets.open import open_dataset
+from sightline.datasets.split import Splits
+from sightline.evaluation.measure import Measure
+from sightline.images.augment import Augment
+from sightline.images.preprocess import Preprocess
+from sightline.network import Network
+from sightline.objectives.objective import Objective
+from sightline.objectives.supervised import Supervised
+from sightline.recipes.recipe import Facts, Recipe
+from sightline.registry import find
+from sightline.reports.report import Report
+from sightline.training.chart import Labels
+from sightline.training.settings import Settings
+
+
+class Task(ABC):
+    """One thing that a network can be taught: `name` is the key of its head in `HEADS`, and what `--task` says.
+
+    `score` names the figure that is better when it is larger, `report` the kind of page about a run.
+    """
+
+    name: ClassVar[str]
+    score: ClassVar[str]
+    report: ClassVar[type[Report]]
+
+    def open(self, source: str | Path, seed: int) -> Splits:
+        """The images of a dataset with what is marked in them. Raises UserError."""
+        return open_dataset(source, task=self.name, seed=seed)
+
+    @abstractmethod
+    def varied(self, augment: Augment, preprocess: Preprocess) -> Callable | Joint:
+        """What a training loader makes of a sample."""
+
+    @abstractmethod
+    def prepared(self, preprocess: Preprocess) -> Callable | Joint:
+        """What an evaluation's loader makes of a sample."""
+
+    @abstractmethod
+    def from_scratch(
+        self,
+        facts: Facts,
+        *,
+        model: str | None = None,
+        minutes: float | None = None,
+        pace: Callable[[Recipe], float] | None = None,
+        **overrides: Any,
+    ) -> Recipe:
+        """The recipe for random weights at first; `pace` tells the seconds that an update of a recipe takes here."""
+
+    def adapted(self, recipe: Recipe) -> Recipe:
+        """A recipe of fine-tuning as this task needs it, when it was made for classes."""
+        return recipe
+
+    def objective(self, network: Network, settings: Settings) -> Objective:
+        """What is minimised."""
+        return Supervised(network)
+
+    @abstractmethod
+    def noise(self, images: int, size: tuple[int, int]) -> Any:
+        """Targets for so many images of noise of this size: what the pace of an update is measured on."""
+
+    @abstractmethod
+    def measure(self, images: ImageSet, preprocess: Preprocess) -> Measure:
+        """What counts how good the answers for these images are."""
+
+    def labels(self, splits: Splits) -> Labels | None:
+        """What the doctor may know of the classes; None where an image has not one class."""
+        return None
+
+
+def task_of(name: str) -> Task:
+    """The task called so. Raises UserError with near names where there is none."""
+    return find("recipes", "TASKS", name, "task")
