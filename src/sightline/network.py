@@ -228,6 +228,8 @@ def describe(
     known = {*backbone.Config.__dataclass_fields__, *head.Config.__dataclass_fields__}
     usual = {"num_classes": row.num_classes} if "num_classes" in known else {}
     settings, rest = backbone.split({**row.settings, **own, **usual, **given})
+    if "num_classes" not in known and rest.get("num_classes") == 0:
+        del rest["num_classes"]  # which is what a head without classes has
     for key in rest:
         if key not in known:
             raise UserError(f"model '{name}' has no setting '{key}'.{suggest(key, known)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sightline.checkpoints.atomic import write_atomic
 from sightline.checkpoints.directory import write_model
 from sightline.datasets.loader import OrderedLoader, TrainLoader
 from sightline.datasets.order import steps_per_epoch
@@ -115,6 +116,7 @@ def train(
             what = task_of(str(record.get("task")))
             splits = what.open(record["data"]["source"], record["seed"])
             _require_same_data(splits, record, folder)
+            what = what.bound(splits, kept=folder.path)
             chosen = Recipe.from_json(record["recipe"], str(folder.record_file))
             chosen = chosen.told({name: settings[name] for name in RETOLD if name in settings}, {})
             record["recipe"] = chosen.to_json()
@@ -124,6 +126,7 @@ def train(
             what = task_of(task)
             folder.require_fresh()
             splits = what.open(data, int(settings.get("seed", 0)))
+            what = what.bound(splits, weights)
             chosen, taught, remarks = autopilot(
                 what,
                 splits.train,
@@ -188,7 +191,7 @@ class _Run:
             score=self.task.score,
             name=lambda i: names[i],
             labels=self.task.labels(self.splits),
-            begin=lambda: self.folder.write(unsaid),
+            begin=lambda: self._begin(unsaid),
             aside=spent + CLOSING,
         )
         loop = teaching.Loop(
@@ -205,6 +208,12 @@ class _Run:
                     self.folder.write(unsaid | {"findings": [asdict(finding) for finding in loop.doctor.findings]})
                 raise
             return self._finished(outcome, record)
+
+    def _begin(self, record: dict[str, Any]) -> None:
+        """Writes what the run needs to go on, the record last."""
+        for name, content in self.task.kept().items():
+            write_atomic(self.folder.path / name, content)
+        self.folder.write(record)
 
     def _finished(self, outcome: teaching.Outcome, record: dict[str, Any]) -> Trained:
         """Weighs the network where that is still to do, and writes everything that stays."""
@@ -292,7 +301,7 @@ class _Run:
         labels = self.splits.train.classes
         about = self.folder.path, network, self.recipe.preprocess, labels, self.splits.val, counts, record
         report = self.task.report(*about)
-        write_model(self.folder.path, network, self.recipe.preprocess, labels)
+        write_model(self.folder.path, network, self.recipe.preprocess, labels, vocabulary=self.task.vocabulary)
         report.write()
         model_card(self.folder.path, labels, record, report.card)
         self.folder.write(record)
