@@ -114,7 +114,7 @@ class Layout(ABC):
     libraries: ClassVar[tuple[str, ...]]
     family: ClassVar[str]
     task: ClassVar[str] = "classify"
-    """What the head is for, a key of `HEADS`."""
+    """The task of the networks that it stores, a key of `HEADS`."""
 
     dropped: ClassVar[str] = r"$^"
     """Which tensors may lie in such a file although nothing is computed with them, as a pattern of whole names."""
@@ -238,6 +238,9 @@ class TransformersLayout(Layout):
     """Further model classes whose files are of this layout."""
     headless: ClassVar[tuple[str, ...]] = ()
     """Those of the classes, besides `bare`, whose output layer is none for classes and is left out."""
+
+    classes_of: ClassVar[str | None] = None
+    """The bias with a number for each class and one for none; None where all outputs are classes."""
 
     defaults: ClassVar[Mapping[str, Any]]
     """What transformers takes where `config.json` is silent; with `ignored`, all the keys that may stand there."""

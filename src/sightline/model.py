@@ -110,6 +110,7 @@ class Model:
     def explain(self, source: Source, **settings: Any) -> Explanation:
         """What the network attends to in one image; `settings` are those of `explain`."""
         pixels = self.preprocess(source)
+        settings = {"labels": self.labels, **settings}
         return explain(self.network, pixels.to(next(self.network.parameters()).device), **settings)
 
     def save(self, directory: str | Path) -> Path:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sightline.errors import UserError, printable, suggest
 from sightline.registry import find, variant, variants
 from sightline.schema import from_json, require, to_json
+from sightline.types import Area, Tokens
 
 _LARGEST, _DEEPEST, _MOST_TOKENS = 2**20, 2**10, 2**20
 
@@ -151,7 +152,18 @@ class Network(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Any:
         """What the head makes of the tokens: a tensor or a tuple of tensors, each with the batch as its first axis."""
-        return self.head(self.backbone(pixels, sizes), (pixels.shape[-2], pixels.shape[-1]), sizes)
+        tokens = self.backbone(pixels, sizes)
+        return self.head(tokens, self.area(tokens, (pixels.shape[-2], pixels.shape[-1]), sizes))
+
+    def area(self, tokens: Tokens, size: tuple[int, int], sizes: Int[Tensor, "b 2"] | None = None) -> Area:
+        """What tokens were made of: pyramids take two, four, … of their first cells together."""
+        first = getattr(self.architecture.backbone, "patch_size", (1, 1))
+        steps = []
+        for length, cells, step in zip(size, tokens.grid, first, strict=True):
+            while -(-length // step) > cells and step < length:
+                step *= 2
+            steps.append(step)
+        return Area(size, (steps[0], steps[1]), sizes)
 
     def embed(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Float[Tensor, "b d"]:
         """The feature vector that the head's last layer reads, [batch, width]."""

@@ -36,6 +36,17 @@ class Tokens(NamedTuple):
         return (self.patches * real).sum(dim=1) / real.sum(dim=1)
 
 
+class Area(NamedTuple):
+    """The pixels that tokens were made of: canvas (height, width), step of the grid, each image's own size if unlike.
+
+    The last cells may reach beyond the canvas.
+    """
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    sizes: Int[Tensor, "b 2"] | None = None
+
+
 class Step(NamedTuple):
     """What an objective or a head says of one batch: the loss to minimise and figures to report (scalars)."""
 
@@ -94,12 +105,26 @@ class Batch(NamedTuple):
 class Placement(NamedTuple):
     """Where an upright image of `size` (height, width) lies in what a network reads of it.
 
-    A point (y, x) of the image, in pixels from its upper left corner, lies at `scale * (y, x) + offset` in the input.
+    A point (y, x) of the image, in pixels from its upper left corner, lies at `scale * (y, x) + offset` in the input,
+    which is as large as `input` says (rows, columns).
     """
 
     size: tuple[int, int]
     scale: tuple[float, float]
     offset: tuple[float, float]
+    input: tuple[int, int]
+
+
+class Gaze(NamedTuple):
+    """What is to be shown of a head's own attention: in the layer `layer`, what the tokens `rows` ask of the patches.
+
+    The patches are the tokens from `first` on; `words` say what each of the rows stands for.
+    """
+
+    layer: str
+    rows: list[int]
+    first: int
+    words: list[str]
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,10 @@ class Reply(ABC):
     @abstractmethod
     def rows(self) -> Sequence[Score]:
         """Classes with their scores, one for each row of a table."""
+
+    def save(self, write: Callable[[str, bytes], str]) -> "Reply":
+        """The answer after what does not fit into JSON was given to `write`: an ending and bytes, for a file's path."""
+        return self
 
     def line(self) -> str:
         """The answer in one line, with labels as they are: whoever prints them makes them fit to print."""

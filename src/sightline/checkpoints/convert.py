@@ -89,9 +89,9 @@ def _parity(bundle: Bundle, reference: Any, to: str) -> float | None:
     pixels = torch.randn(2, config.in_chans, *config.image_size, generator=torch.Generator().manual_seed(0))
     inputs = bundle.network.example(pixels)
     with torch.no_grad():
-        answers, others = bundle.network(*inputs), reference(*inputs)
-    both = zip(answers, others, strict=True) if isinstance(answers, tuple) else [(answers, others)]
-    apart = max(_apart(ours, theirs) for ours, theirs in both)
+        outputs = bundle.network(*inputs), reference(*inputs)
+    parts = [output if isinstance(output, tuple) else (output,) for output in outputs]
+    apart = max(_apart(ours, theirs) for ours, theirs in zip(*parts, strict=True))
     if not apart <= TOLERANCE:
         raise WorkError(f"{to} computes other outputs from the converted weights: {apart:.1e} of the largest output")
     return apart

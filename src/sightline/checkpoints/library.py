@@ -82,12 +82,11 @@ class Library(Scheme):
     def layout_of(self, architecture: Architecture) -> tuple[Layout | None, list[str]]:
         """The layout that can express a network; where none can, the family's plainest, and what it refuses."""
         family = architecture.family
-        task = architecture.task
-        kinds = layouts(self.name).items()
-        mine = {key: layout for key, layout in kinds if (layout.family, layout.task) == (family, task)}
+        kinds = {key: layout for key, layout in layouts(self.name).items() if layout.family == family}
+        mine = {key: layout for key, layout in kinds.items() if layout.task == architecture.task}
         if not mine:
-            what = "" if task == "classify" else f" with a head for {task}"
-            return None, [f"{self.name} has no names for the weights of the {family} family{what}"]
+            what = f"the {family} family" if not kinds else f"a head for '{architecture.task}'"
+            return None, [f"{self.name} has no names for the weights of {what}"]
         tried = {key: layout.refusals(architecture.backbone, architecture.head) for key, layout in mine.items()}
         plain = f"{self.name}/{family}"
         best = min(tried, key=lambda key: (bool(tried[key]), key != plain, len(tried[key])))

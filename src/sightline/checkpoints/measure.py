@@ -48,7 +48,7 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
         row = variant(name)
         if (row.family, row.task) != (facts.layout.family, facts.layout.task):
             raise UserError(f"{facts.where} does not hold a {name}: its tensors are those of another kind of network")
-        given = {**row.settings, **row.head}
+        given = {**row.settings, **(row.head if row.task == facts.layout.task else {})}
         usual = given.pop("image_size", None)
         usual = (usual, usual) if isinstance(usual, int) else usual
         own = {key: settings[key] for key in facts.layout.habits if key in settings}

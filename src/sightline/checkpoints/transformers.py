@@ -182,6 +182,8 @@ def _kind(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> 
 
 def _outputs(found: Found, layout: TransformersLayout) -> int:
     shapes = shapes_of(found)
+    if layout.classes_of is not None:
+        return shapes.outputs(layout.classes_of) - 1
     return max((shapes.outputs(name) for name in shapes if name.startswith(layout.outside)), default=0)
 
 

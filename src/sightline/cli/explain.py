@@ -30,7 +30,7 @@ def run(request: argparse.Namespace) -> int:
     from sightline.explanation.explain import no_layer
     from sightline.explanation.files import explain_image, folder_names
     from sightline.explanation.maps import attention_layers
-    from sightline.inference.files import expand
+    from sightline.inference.files import expand, stored
     from sightline.inference.predictor import Answer
     from sightline.model import load
 
@@ -51,17 +51,19 @@ def run(request: argparse.Namespace) -> int:
             print(f"{printable(answer.path)}: {printable(answer.error)}", file=sys.stderr)
             continue
         folder = Path(request.out) / name
+        reply = stored(answer.prediction, folder, "mask")
         _, page = explain_image(
             model.network,
             model.preprocess,
             str(source),
             folder,
             name=Path(str(source)).name,
-            prediction=answer.prediction,
+            prediction=reply,
             layers=layers,
+            labels=model.labels,
         )
         arrays = folder / "explanation.npz"
-        results.append({"path": answer.path, "page": str(page), "arrays": str(arrays), **answer.prediction.to_json()})
+        results.append({"path": answer.path, "page": str(page), "arrays": str(arrays), **reply.to_json()})
         if not request.json:
             print(f"{printable(answer.path)}: {page}", flush=True)
     if request.json:

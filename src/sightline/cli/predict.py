@@ -19,6 +19,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("paths", metavar="PATH", nargs="+", help="image, folder of images, or glob")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="classes in an answer")
     parser.add_argument("--csv", metavar="FILE", help="write a table too")
+    parser.add_argument("--out", default="predicted", metavar="DIR", help="folder for answers that are files: masks")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most images at a time")
     parser.add_argument("--runtime", default="auto", choices=("auto", "torch"), help="what computes")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
@@ -28,7 +29,7 @@ def arguments(parser: Any) -> None:
 
 def run(request: argparse.Namespace) -> int:
     """Answers every image; 1 where any could not be read."""
-    from sightline.inference.files import expand, open_csv, to_json, write_csv
+    from sightline.inference.files import expand, open_csv, saved, to_json, write_csv
     from sightline.model import load
 
     model = load(request.model, architecture=request.architecture, vocabulary=request.vocabulary)
@@ -42,7 +43,7 @@ def run(request: argparse.Namespace) -> int:
     )
     failed = 0
     with ExitStack() as files:
-        answers = predictor.predict(expand(request.paths))
+        answers = saved(predictor.predict(expand(request.paths)), request.out)
         if request.csv:
             answers = write_csv(answers, files.enter_context(open_csv(request.csv)))
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64, Int64
 from sightline.datasets.duplicates import DETAIL, candidates, confirmed, same
 from sightline.datasets.examine import MODES, SUFFIXES, Looks, each, fine, look, look_at_header
 from sightline.datasets.findings import SEVERITIES, Finding, ordered
-from sightline.datasets.image_set import Names, Samples
+from sightline.datasets.image_set import ImageSet, Names, Samples
 from sightline.datasets.inventory import WHOLE, Inventory, take_stock
 from sightline.datasets.naming import some
 from sightline.images.decode import FORMATS
@@ -115,13 +115,18 @@ def check(
         findings += _duplicates(stock, pile, looks, workers, progress)
     return Checked(
         str(source),
-        {name: images.counts() or {NO_CLASS: len(images)} for name, images in stock.parts.items()},
+        {name: _counted_in(images) for name, images in stock.parts.items()},
         pile,
         looks.readable,
         _statistics(looks),
         ordered(findings),
         quick,
     )
+
+
+def _counted_in(images: ImageSet) -> Mapping[str, int]:
+    """Images of each class, or all of them where they have not one class each."""
+    return {NO_CLASS: len(images)} if images.samples.marks is not None else images.counts() or {NO_CLASS: len(images)}
 
 
 class Pile:
@@ -166,6 +171,8 @@ class Pile:
 def _classes(stock: Inventory) -> Iterator[Finding]:
     """Empty, tiny and unequal classes."""
     for name, images in stock.parts.items():
+        if images.samples.marks is not None:
+            continue  # it is objects and pixels that have classes
         empty = [label for label, count in images.counts().items() if not count]
         where = f" of '{name}'" if name != WHOLE else ""
         if empty:

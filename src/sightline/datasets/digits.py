@@ -30,4 +30,4 @@ def split_digits(seed: int, held_out: float) -> Splits:
     return hold_out(digits(), "builtin:digits", seed=seed, share=held_out)
 
 
-BUILTIN = {"digits": split_digits}
+BUILTIN = {"digits": {"classify": split_digits}}

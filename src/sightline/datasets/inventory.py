@@ -4,9 +4,10 @@ import os
 import stat
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -22,6 +23,7 @@ from sightline.datasets.split import TRAINING, VALIDATION, Splits
 from sightline.datasets.table import Row, read_rows
 from sightline.errors import UserError, printable
 from sightline.images.decode import FORMATS
+from sightline.registry import table
 
 WHOLE = "all"
 """What the one part of a dataset is called that has no parts of its own."""
@@ -53,9 +55,12 @@ def take_stock(source: str | Path, *, seed: int = 0) -> Inventory:
     """Lists a dataset that may have faults. Raises UserError only where nothing is there to be listed."""
     path = Path(source)
     stock = Inventory(str(source))
+    for recognised, listed in table("datasets", "STOCKS").values():
+        if recognised(path):
+            return _marked(stock, path, listed)
     folder = os.path.isdir(path)  # noqa: PTH112
     file = os.path.isfile(path)  # noqa: PTH113
-    table, archive = file and path.suffix.lower() == ".csv", file and path.name.lower().endswith(SUFFIXES)
+    listing, archive = file and path.suffix.lower() == ".csv", file and path.name.lower().endswith(SUFFIXES)
     if folder:
         odd = _Oddities(path)
         odd.walk()
@@ -63,14 +68,14 @@ def take_stock(source: str | Path, *, seed: int = 0) -> Inventory:
         stock.findings += odd.told()
     elif archive:
         _lay_out(archive_place(path), stock)
-    elif table:
+    elif listing:
         _list_table(path, stock)
     stock.findings += _unlike_classes(stock.parts, stock.trained)
     stock.findings += _alike_files(name for part in stock.parts.values() for name in part.samples.names)
     try:
-        stock.splits = open_dataset(source, seed=seed)
+        stock.splits = open_dataset(source, task=_task(str(source)), seed=seed)
     except UserError as fault:
-        if not (folder or archive or table):
+        if not (folder or archive or listing):
             raise
         if not any(finding.severity == "error" for finding in stock.findings):
             stock.findings.append(Finding("unusable", str(fault)))
@@ -78,6 +83,23 @@ def take_stock(source: str | Path, *, seed: int = 0) -> Inventory:
         splits = stock.splits
         stock.parts = {WHOLE: splits.together()} if splits.drawn else {"train": splits.train, "val": splits.val}
     return stock
+
+
+def _marked(stock: Inventory, path: Path, listed: Callable[[Path], Iterable[Any]]) -> Inventory:
+    """The parts of a set whose images have marks, as the reader of its format lists them."""
+    try:
+        for part, images, findings in listed(path):
+            stock.parts[WHOLE if part == "all" else part] = images
+            stock.findings += findings
+    except UserError as fault:
+        stock.findings.append(Finding("unusable", str(fault)))
+    stock.findings += _unlike_classes(stock.parts, stock.trained)
+    return stock
+
+
+def _task(source: str) -> str:
+    """What a built-in set is opened for; any other has classes of images here."""
+    return next(iter(table("datasets", "BUILTIN").get(source.removeprefix("builtin:"), ("classify",))))
 
 
 class _Open(Folder):

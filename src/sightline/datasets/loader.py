@@ -92,9 +92,9 @@ class TrainLoader(Loader):
     """Shuffled, augmented batches of the training steps in `steps`.
 
     `transform` makes pixels [3, h, w] from an image and a number that seeds whatever is random about it, or is a
-    `Joint` where more than a class goes with an image. `batch_size` counts the samples of all `world` processes; this one, `rank`, gets its `share` of each batch. Order follows from
-    (seed, epoch), a sample's number from (seed, epoch, view); see `order.rows`, also for `repeats`. Raises UserError
-    for a batch that leaves nothing for some process.
+    `Joint` where more than a class goes with an image. `batch_size` counts the samples of all `world` processes; this
+    one, `rank`, gets its `share` of each batch. Order follows from (seed, epoch), a sample's number from (seed, epoch,
+    view); see `order.rows`, also for `repeats`. Raises UserError for a batch that leaves nothing for some process.
     """
 
     def __init__(

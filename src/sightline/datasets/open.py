@@ -17,16 +17,19 @@ def open_dataset(source: str | Path, *, task: str = "classify", seed: int = 0, h
     """Opens what a task learns from, or `builtin:NAME`; nothing is written.
 
     Each task has its reader in the `READERS` tables of this room: from (path, seed, held_out) to `Splits`. The built-in
-    sets are the `BUILTIN` tables: from (seed, held_out) to `Splits`. Where the data has no validation part of its own,
-    `held_out` (0 to 1) of each class is set apart by `seed`. Raises UserError for what is not there, cannot be read,
-    or would be wrong to train on.
+    sets are the `BUILTIN` tables: for each name and task, from (seed, held_out) to `Splits`. Where the data has no
+    validation part of its own, `held_out` (0 to 1) is set apart by `seed`. Raises UserError for what is not there,
+    cannot be read, or would be wrong to train on.
     """
     if str(source).startswith(_BUILTIN):
-        splits = find("datasets", "BUILTIN", str(source).removeprefix(_BUILTIN), "built-in dataset")(seed, held_out)
-        if task not in splits.tasks:
-            fitting = " or ".join(f"--task {name}" for name in splits.tasks)
-            raise UserError(f"{printable(source)} has nothing that '{printable(task)}' could learn from: {fitting}")
-        return splits
+        name = str(source).removeprefix(_BUILTIN)
+        offered = find("datasets", "BUILTIN", name, "built-in dataset")
+        if task not in offered:
+            fitting = " or ".join(f"--task {name}" for name in offered)
+            raise UserError(
+                f"{printable(source)} has nothing that '{printable(task)}' could learn from; it has {fitting}"
+            )
+        return offered[task](seed, held_out)
     return find("datasets", "READERS", task, "task with a format on disk")(Path(source), seed, held_out)
 
 

@@ -23,7 +23,7 @@ class Splits:
     """What to learn from and what to judge by.
 
     `notes` are sentences for people: what was found and what left out. `drawn` says that the data has no validation
-    part of its own, and that this one was drawn from it by a seed. `tasks` can be learned from what is marked in them.
+    part of its own, and that this one was drawn from it by a seed.
     """
 
     train: ImageSet
@@ -31,7 +31,6 @@ class Splits:
     source: str
     notes: list[str]
     drawn: bool = False
-    tasks: tuple[str, ...] = ("classify",)
 
     def together(self) -> ImageSet:
         """All images of both parts."""
@@ -49,14 +48,18 @@ def hold_out(images: ImageSet, source: str, *, seed: int, share: float, notes: S
     hashes = (hashlib.blake2b(f"{seed}\0".encode() + os.fsencode(name), digest_size=8) for name in images.samples.names)
     ranks = np.fromiter((int.from_bytes(h.digest(), "big") for h in hashes), dtype=np.uint64, count=len(images))
     held = np.zeros(len(images), dtype=bool)
-    for target, count in enumerate(images.counts().values()):
-        rows = np.flatnonzero(images.targets == target)
+    whole = images.samples.marks is not None  # images with marks have not one class each
+    counts = {"": len(images)} if whole else images.counts()
+    for target, count in enumerate(counts.values()):
+        rows = np.arange(len(images)) if whole else np.flatnonzero(images.targets == target)
         taken = min(max(int(count * share + 0.5), 1), count - 1)
         held[rows[np.argsort(ranks[rows], kind="stable")[:taken]]] = True
     if not held.any():
+        if whole:
+            raise UserError(f"{printable(source)}: {len(images)} images are too few to hold one out")
         raise UserError(f"{printable(source)}: no class has more than one image, so that none is left to validate with")
-    told = [f"{share:.0%} of each class is held out for validation, by seed {seed}"]
-    if lone := [name for name, count in images.counts().items() if count == 1]:
+    told = [f"{share:.0%} of {'the images' if whole else 'each class'} is held out for validation, by seed {seed}"]
+    if lone := [name for name, count in counts.items() if count == 1]:
         told.append(f"with a single image each, these classes have none to validate with: {some(lone)}")
     train, val = (images.select(np.flatnonzero(part)) for part in (~held, held))
     return Splits(train, val, source, [*notes, *told], drawn=True)

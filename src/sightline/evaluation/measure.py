@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Measure(ABC):
         """Counts one batch."""
 
     @abstractmethod
-    def merge(self, others: Iterable[Self]) -> Self:
+    def merge(self, others: Iterable[Any]) -> Any:
         """The counts of this part and others together."""
 
     @property

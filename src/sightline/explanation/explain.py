@@ -21,6 +21,7 @@ from sightline.explanation.positions import position_similarity
 from sightline.explanation.render import Box, View, overlay
 from sightline.explanation.rollout import Fusion, Query, on_grid, query_row, scaled
 from sightline.explanation.trace import Maps, trace
+from sightline.types import Tokens
 
 HEADS_BYTES = 256 * 2**20
 """Per-head maps of all layers are kept where they take at most this much memory, otherwise those of the last layer."""
@@ -44,7 +45,9 @@ class Explanation:
 
     `activation` is the class activation map of the class with index `activation_class`, the most probable: what each
     place adds to its logit, on the grid of the last layer (arXiv 1512.04150). None where the head is more than the mean
-    of the patches and a dense layer. `position_similarity` is the cosine between position vectors, and `filters` the
+    of the patches and a dense layer. `gaze` are the maps of the head's own attention, the mean over its heads, for each
+    of `gaze_words`: the objects that a detector found, or the classes that a mask transformer told apart; None for
+    heads without attention. `position_similarity` is the cosine between position vectors, and `filters` the
     principal components of the first convolution; None for models without them.
     """
 
@@ -63,6 +66,8 @@ class Explanation:
     origin: Pair
     activation: Float[np.ndarray, "_ _"] | None
     activation_class: int | None
+    gaze: Float[np.ndarray, "asking rows columns"] | None
+    gaze_words: tuple[str, ...]
     position_similarity: Float[np.ndarray, "rows columns rows columns"] | None
     filters: Filters | None
 
@@ -120,6 +125,7 @@ class Explanation:
             "rollout_scaled": self.rollout_scaled,
             "rollout_raw": self.rollout_raw,
             "activation": self.activation,
+            "gaze": self.gaze,
             "position_similarity": self.position_similarity,
         }
         named |= {name: cells for name, cells in maps.items() if cells is not None}
@@ -177,11 +183,13 @@ def explain(
     *,
     layers: Sequence[int] | None = None,
     fusion: Fusion = "mean",
+    labels: Sequence[str] | None = None,
 ) -> Explanation:
     """Looks inside a network (a backbone and a head) while it reads one image, pixels [3, h, w] or [1, 3, h, w].
 
     `layers` are those whose per-head maps are kept, from 0, or from the end where negative; an empty list keeps none,
-    None all where they take at most `HEADS_BYTES`, otherwise the last. `fusion` says how the rollout joins heads.
+    None all where they take at most `HEADS_BYTES`, otherwise the last. `fusion` says how the rollout joins heads,
+    `labels` are the names of the classes.
     Rollout asks what the head reads: the class token, the mean of class and distillation token, or the mean of the
     patches where it pools these or there is no class token. It begins with the tokens that enter the first layer of
     attention: how a tokenizer mixes pixels before, by convolutions or otherwise, is not followed. In pyramids a merged
@@ -201,6 +209,7 @@ def explain(
         backbone: Any = network.backbone
         head: Any = network.head
         tokens, calls = record(backbone, batch.to(first.device, first.dtype))
+        gaze, words = _gaze(network, tokens, size, labels)
         found = [laid_out(backbone, call, size) for call in calls]
         chosen = _choose(found, layers)
         grids = tuple(layer.seats.grid for layer in found)
@@ -229,9 +238,28 @@ def explain(
             origin=place.origin,
             activation=None if activation is None else activation.cells.cpu().numpy(),
             activation_class=None if activation is None else activation.index,
+            gaze=gaze,
+            gaze_words=words,
             position_similarity=None if similarity is None else similarity.cpu().numpy(),
             filters=patch_filters(backbone),
         )
+
+
+def _gaze(
+    network: Any, tokens: Tokens, size: Grid, labels: Sequence[str] | None
+) -> tuple[Float[np.ndarray, "asking rows columns"] | None, tuple[str, ...]]:
+    """The maps of the head's own attention that it says are worth a look."""
+    if not hasattr(network.head, "gaze"):
+        return None, ()
+    output, calls = record(network.head, tokens, network.area(tokens, size))
+    names = labels or [str(i) for i in range(network.head.config.num_classes)]
+    if (asked := network.head.gaze(output, names)) is None:
+        return None, ()
+    call = next(call for call in calls if call.name == asked.layer)
+    weights = call.weights()[0].mean(dim=0)
+    cells = tokens.grid[0] * tokens.grid[1]
+    maps = weights[asked.rows][:, asked.first : asked.first + cells]
+    return maps.reshape(-1, *tokens.grid).cpu().numpy(), tuple(asked.words)
 
 
 def _patches(row: Float[Tensor, "1 1 n"], seats: Seats) -> Float[np.ndarray, "rows columns"]:
@@ -241,7 +269,7 @@ def _patches(row: Float[Tensor, "1 1 n"], seats: Seats) -> Float[np.ndarray, "ro
 def _query(head: Any, prefix: int) -> Query:
     """What a head reads of the last tokens, of which `prefix` come before the patches."""
     config = getattr(head, "config", None)
-    if not prefix or getattr(config, "global_pool", None) == "avg":
+    if not prefix or getattr(config, "global_pool", "avg") == "avg":
         return "mean of patches"
     return "class and distillation tokens" if getattr(config, "distilled", False) else "class token"
 

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
 from torch import nn
 
 from sightline.checkpoints.atomic import write_atomic
@@ -13,6 +15,7 @@ from sightline.explanation.page import Page
 from sightline.explanation.render import Box, fitted
 from sightline.images.decode import Limits, Source, decode
 from sightline.images.preprocess import Preprocess
+from sightline.registry import table
 from sightline.types import Reply
 
 
@@ -41,6 +44,7 @@ def explain_image(
     prediction: Reply | None = None,
     layers: Sequence[int] | None = None,
     limits: Limits | None = None,
+    labels: Sequence[str] | None = None,
 ) -> tuple[Explanation, Path]:
     """Explains one image and writes `index.html`, PNG pictures and `explanation.npz` into `out_dir`.
 
@@ -49,16 +53,28 @@ def explain_image(
     read, WorkError where the folder cannot be written.
     """
     image = decode(source, limits=limits)
-    view = explain(network, preprocess(source, limits=limits), layers=layers)
+    view = explain(network, preprocess(source, limits=limits), layers=layers, labels=labels)
     shown, box = fitted(image, seen_box(preprocess, *image.shape[:2]), 320, 1024)
     height, width = shown.shape[:2]
-    page = Page(view, shown, view.view(height, width, box), printable(name), prediction)
+    drawn = None if prediction is None else drawing(prediction, shown, width / image.shape[1], labels)
+    page = Page(view, shown, view.view(height, width, box), printable(name), prediction, drawn)
     files = {**page.pictures(), "index.html": page.html().encode()}
     folder = Path(out_dir)
     view.save(folder / "explanation.npz")
     for file, data in files.items():
         write_atomic(folder / file, data)
     return view, folder / "index.html"
+
+
+def drawing(
+    reply: Reply, image: UInt8[np.ndarray, "h w 3"], scale: float, labels: Sequence[str] | None
+) -> UInt8[np.ndarray, "h w 3"] | None:
+    """The image with the answer in it, as the `DRAWINGS` tables of this room do it; None for answers in words alone.
+
+    `scale` is that of the image to the original.
+    """
+    draw = table("explanation", "DRAWINGS").get(type(reply).__name__)
+    return None if draw is None else draw(reply, image, scale, labels)
 
 
 def folder_names(sources: Iterable[object]) -> list[str]:

@@ -12,7 +12,6 @@ from sightline.backbones.backbone import Backbone
 from sightline.errors import UserError, WorkError
 from sightline.explanation.grids import Grid, Seats
 from sightline.layers.attention import Attention
-from sightline.types import Tokens
 
 
 class Call(NamedTuple):
@@ -106,8 +105,8 @@ def evaluating(network: nn.Module) -> Generator[None]:
             module.training = mode
 
 
-def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Tokens, list[Call]]:
-    """What a backbone makes of the pixels, and every call of an `Attention` on the way, in order.
+def record(module: nn.Module, *inputs: Any) -> tuple[Any, list[Call]]:
+    """What a backbone makes of pixels, or a head of tokens, and every call of an `Attention` on the way, in order.
 
     Only the inputs of the layers are kept, which grow linearly with the number of tokens; the maps, which grow with
     its square, are computed when `Call.weights` is asked for one. A backbone without attention has no calls.
@@ -121,11 +120,11 @@ def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Token
         return hook
 
     with ExitStack() as hooks:
-        for name, module in backbone.named_modules():
-            if isinstance(module, Attention):
-                hooks.enter_context(module.register_forward_pre_hook(note(name), with_kwargs=True))
-        tokens = backbone(pixels)
-    return tokens, calls
+        for name, part in module.named_modules():
+            if isinstance(part, Attention):
+                hooks.enter_context(part.register_forward_pre_hook(note(name), with_kwargs=True))
+        output = module(*inputs)
+    return output, calls
 
 
 def attention_layers(backbone: nn.Module) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from sightline.errors import printable
 from sightline.explanation.explain import Explanation
 from sightline.explanation.render import View, filter_sheet, overlay, png, seen_part, sheet, tiles
 from sightline.types import Reply
@@ -32,6 +33,7 @@ svg polyline { fill: none; stroke: var(--dot); stroke-width: 2 } svg .pale { str
 .wide { overflow-x: auto } .matrix td { text-align: center; padding: .15rem .45rem; color: var(--ink) }
 .matrix th { padding: .15rem .45rem } .hit { background: rgb(60 140 90 / calc(var(--share) * .7)) }
 .miss { background: rgb(200 60 40 / min(1, calc(var(--share) * 4))) }
+.three img { width: calc(33% - .3rem); image-rendering: pixelated } .three img + img { margin-left: .4rem }
 .pair img { width: calc(50% - .3rem); image-rendering: pixelated } .pair img + img { margin-left: .6rem }
 """
 
@@ -68,6 +70,7 @@ class Page:
     view: View
     name: str
     prediction: Reply | None = None
+    drawn: UInt8[np.ndarray, "h w 3"] | None = None
     _png: dict[str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +83,11 @@ class Page:
         }
         over = {name: self._over(cells) for name, cells in maps.items() if cells is not None}
         self._png |= {name: png(Image.fromarray(picture)) for name, picture in over.items()}
+        if self.drawn is not None:
+            self._png["answer.png"] = png(Image.fromarray(self.drawn))
+        if explanation.gaze is not None:
+            pictures = [self._over(cells) for cells in explanation.gaze]
+            self._png["gaze.png"] = png(sheet(pictures, list(map(printable, explanation.gaze_words)), 3))
         if over:
             name, picture = next(iter(over.items()))
             labels = ["original", "attention rollout" if name == "rollout.png" else "class activation"]
@@ -106,7 +114,7 @@ class Page:
 
     def html(self) -> str:
         """The page: pictures inside, nothing loaded from elsewhere."""
-        sections = [self._answer(), self._rollouts(), self._activation()]
+        sections = [self._answer(), self._gaze(), self._rollouts(), self._activation()]
         sections += [self._heads(), self._distances(), self._positions(), self._filters()]
         return document(f"What the model looked at in {self.name}", "\n".join(filter(None, sections)))
 
@@ -114,7 +122,17 @@ class Page:
         if self.prediction is None:
             return ""
         rows = (f"<tr><th>{escape(s.label)}</th><td>{s.score:.1%}</td></tr>" for s in self.prediction.rows())
-        return f"<table>{''.join(rows)}</table>"
+        table = f"<table>{''.join(rows)}</table>"
+        return table if self.drawn is None else table + self._figure("answer.png", "The answer")
+
+    def _gaze(self) -> str:
+        if "gaze.png" not in self._png:
+            return ""
+        figure = self._figure("gaze.png", "The mean over the heads of the last layer")
+        return (
+            "<h2>The head's own attention</h2><p>What each of these, an object that was found or a class that was told "
+            f"apart, asks of the patches. Colours reach from 0 to the largest share.</p>{figure}"
+        )
 
     def _figure(self, name: str, caption: str) -> str:
         data = base64.b64encode(self._png[name]).decode()

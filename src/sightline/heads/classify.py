@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sightline.schema import require
-from sightline.types import Placement, Prediction, Score, Step, Tokens
+from sightline.types import Area, Placement, Prediction, Score, Step, Tokens
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ class ClassifyHead(nn.Module):
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
 
-    def forward(
-        self, tokens: Tokens, size: tuple[int, int] | None = None, sizes: Int[Tensor, "b 2"] | None = None
-    ) -> Float[Tensor, "b k"]:
+    def forward(self, tokens: Tokens, area: Area | None = None) -> Float[Tensor, "b k"]:
         """Logits [batch, classes]; of two classifiers, their mean. Features [batch, width] where there is none."""
         if self.distillation_classifier is not None:
             of_class, of_distillation = self.pair(tokens)

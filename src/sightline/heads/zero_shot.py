@@ -14,7 +14,7 @@ from sightline.backbones.text import TextTower
 from sightline.errors import printable
 from sightline.layers.encoder import ACTIVATIONS
 from sightline.schema import require
-from sightline.types import Placement, Prediction, Score, Tokens
+from sightline.types import Area, Placement, Prediction, Score, Tokens
 
 MOST_LAYERS, MOST = 2**10, 2**20
 
@@ -114,9 +114,7 @@ class ClipHead(nn.Module):
     def renew(self) -> None:
         """There are no classes to forget: what was learned goes on."""
 
-    def forward(
-        self, tokens: Tokens, size: tuple[int, int] | None = None, sizes: Int[Tensor, "b 2"] | None = None
-    ) -> Float[Tensor, "b d"]:
+    def forward(self, tokens: Tokens, area: Area | None = None) -> Float[Tensor, "b d"]:
         return self.features(tokens)
 
     def encode_text(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b d"]:

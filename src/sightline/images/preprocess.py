@@ -168,9 +168,9 @@ class Preprocess:
         rows, columns = self.scaled(height, width)
         scale = rows / height, columns / width
         if self.resize == "native":
-            return Placement((height, width), scale, (0.0, 0.0))
+            return Placement((height, width), scale, (0.0, 0.0), (rows, columns))
         top, left = (self._cut(length, wanted)[0] for length, wanted in zip((rows, columns), self.size, strict=True))
-        return Placement((height, width), scale, (-float(top), -float(left)))
+        return Placement((height, width), scale, (-float(top), -float(left)), self.size)
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
         """The intermediate size of an image of this size."""

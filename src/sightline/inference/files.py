@@ -4,14 +4,17 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from glob import has_magic
 from io import TextIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from sightline.checkpoints.atomic import write_atomic
 from sightline.datasets.scan import list_images
 from sightline.errors import UserError, printable
 from sightline.inference.predictor import Answer
+from sightline.types import Reply
 
 COLUMNS = ("path", "label", "index", "score", "error")
 
@@ -42,6 +45,35 @@ def _result(answer: Answer) -> dict[str, Any]:
     if answer.prediction is None:
         return {"path": answer.path, "error": answer.error}
     return {"path": answer.path, **answer.prediction.to_json()}
+
+
+def saved(answers: Iterable[Answer], folder: str | os.PathLike[str]) -> Iterator[Answer]:
+    """The answers, those that are files (masks) written into a folder under the stems of their images.
+
+    A stem that is taken gets a number. Raises WorkError where a file cannot be written.
+    """
+    taken: set[str] = set()
+    for answer in answers:
+        if answer.prediction is None:
+            yield answer
+            continue
+        stem, count = Path(answer.path).stem or "image", 1
+        name = stem
+        while name.casefold() in taken:
+            name, count = f"{stem}-{count + 1}", count + 1
+        taken.add(name.casefold())
+        yield replace(answer, prediction=stored(answer.prediction, folder, name))
+
+
+def stored(reply: Reply, folder: str | os.PathLike[str], stem: str) -> Reply:
+    """A reply with what is a file written as `folder/stem.*`, whole or not at all. Raises WorkError."""
+
+    def write(ending: str, data: bytes) -> str:
+        path = Path(folder) / f"{stem}{ending}"
+        write_atomic(path, data)
+        return str(path)
+
+    return reply.save(write)
 
 
 def open_csv(path: str | os.PathLike[str]) -> TextIOWrapper:

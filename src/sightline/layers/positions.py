@@ -1,11 +1,12 @@
 """Where a token stands: learned tables, fixed waves, relative biases, and their change from one grid to another."""
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -183,6 +184,24 @@ def sincos1d(width: int, grid: Grid, prefix: int = 0) -> Float[Tensor, "n d"]:
     at = _range(prefix + grid[0] * grid[1])
     angles = at[:, None] / 10000 ** (2 * _range((width + 1) // 2) / width)
     return rearrange(torch.stack([angles.sin(), angles.cos()]), "two n k -> n (k two)")[:, :width].float()
+
+
+def sine_positions(real: Bool[Tensor, "b r c"], width: int) -> Float[Tensor, "b n d"]:
+    """DETR's positions for each image's own part of a grid, where `real` is True (arXiv 2005.12872, appendix A.4).
+
+    Rows, then columns, are counted from 1 over the real cells and scaled to 2π at the last; sine and cosine take turns
+    over the channels, half of which, `width` / 2, belong to each axis.
+    """
+    half = width // 2
+    powers = 10000 ** (2 * (torch.arange(half, device=real.device) // 2) / half)
+    axes = []
+    for axis in (1, 2):
+        counted = real.float().cumsum(dim=axis)
+        last = counted.select(axis, -1).unsqueeze(axis)
+        angles = (counted / (last + 1e-6) * 2 * math.pi)[..., None] / powers
+        waves = torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1)
+        axes.append(rearrange(waves, "b r c k two -> b (r c) (k two)"))
+    return torch.cat(axes, dim=-1)
 
 
 class RelativePositions(nn.Module):

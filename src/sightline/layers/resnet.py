@@ -139,6 +139,26 @@ def _recomputing() -> Generator[None]:
         BatchNorm.recomputing = before
 
 
+class FrozenBatchNorm(nn.Module):
+    """A batch norm that nothing changes: kept averages, scale and shift are all constants (arXiv 2005.12872, 4)."""
+
+    weight: Float[Tensor, " c"]
+    bias: Float[Tensor, " c"]
+    running_mean: Float[Tensor, " c"]
+    running_var: Float[Tensor, " c"]
+
+    def __init__(self, channels: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
 class _Shortcut(nn.Module):
     """What a block adds its branch to, where its shape differs from that of the input."""
 
@@ -155,6 +175,13 @@ def _shortcut(inside: int, outside: int, stride: int, convolve: Convolve, normal
     if inside == outside and stride == 1:
         return nn.Identity()
     return _Shortcut(inside, outside, stride, convolve, normalise)
+
+
+def _begin_at_zero(norm: nn.Module) -> None:
+    """Lets a new norm pass on nothing, whether its scale is learned or not."""
+    scale = norm.weight
+    assert isinstance(scale, Tensor)
+    nn.init.zeros_(scale)
 
 
 class BasicBlock(nn.Module):
@@ -182,7 +209,7 @@ class BasicBlock(nn.Module):
         self.last_norm = normalise(outside)
         self.shortcut = _shortcut(inside, outside, stride, convolve, normalise)
         self.drop_path = DropPath(drop_path)
-        nn.init.zeros_(self.last_norm.get_parameter("weight"))
+        _begin_at_zero(self.last_norm)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d y x"]:
         branch = self.last_norm(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -218,7 +245,7 @@ class Bottleneck(nn.Module):
         self.last_norm = normalise(outside)
         self.shortcut = _shortcut(inside, outside, stride, convolve, normalise)
         self.drop_path = DropPath(drop_path)
-        nn.init.zeros_(self.last_norm.get_parameter("weight"))
+        _begin_at_zero(self.last_norm)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d y x"]:
         branch = F.relu(self.norm1(self.conv1(x)))
