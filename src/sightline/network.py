@@ -180,7 +180,7 @@ class ImageTextNetwork(Network):
     Without ids, the images' places in the common space come back.
     """
 
-    def forward(
+    def forward(  # ty: ignore[incompatible-method-override]  (as CLIP's users call it)
         self,
         pixels: Float[Tensor, "b c h w"],
         ids: Int[Tensor, "k n"] | None = None,
@@ -230,6 +230,7 @@ def describe(
 
     With another `task` than the one that the model was published for, its head is that task's usual one.
     """
+    name = name.replace("/", "-")  # as OpenAI calls its networks, and open_clip does not
     row = variant(name)
     backbone = find("backbones", "FAMILIES", row.family, "family")
     asked = row.task if task is None else task

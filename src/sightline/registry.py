@@ -76,7 +76,7 @@ def variants(pattern: str = "*") -> dict[str, Variant]:
 
 def variant(name: str) -> Variant:
     """The row called `name`. Raises UserError with near names where there is none."""
-    rows = variants()
+    rows, name = variants(), name.replace("/", "-")
     if name not in rows:
         raise UserError(
             f"unknown model '{printable(name)}'.{suggest(name, rows)} `sightline models` lists all {len(rows)}."

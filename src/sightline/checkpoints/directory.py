@@ -94,7 +94,8 @@ class Sightline(Scheme):
         words: dict[Path, Content] = {}
         if bundle.vocabulary is not None:
             text = sealed(vocabularies.to_json(bundle.vocabulary))
-            words, config[_VOCABULARY] = {out / _WORDS: text}, hashlib.sha256(text).hexdigest()
+            words[out / _WORDS] = text
+            config[_VOCABULARY] = hashlib.sha256(text).hexdigest()
         return {
             **words,
             weights: safetensors_of(tensors),

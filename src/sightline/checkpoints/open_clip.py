@@ -106,7 +106,7 @@ class OpenClip(Library):
             return None
         import open_clip
 
-        model = open_clip.create_model(f"local-dir:{out}").eval()
+        model: Any = open_clip.create_model(f"local-dir:{out}").eval()
 
         def logits(pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             found = model.get_logits(pixels, ids)

@@ -41,7 +41,7 @@ class OpenAI(Library):
         numbers = {name: tensor for name, tensor in found.tensors.items() if name in _NUMBERS}
         size = int(numbers["input_resolution"]) if "input_resolution" in numbers else None
         told = {"activation": "quick_gelu", "text_activation": "quick_gelu", **(beside.pop("told", None) or {})}
-        square = {} if size is None else {"image_size": (size, size)}
+        square: dict[str, Any] = {} if size is None else {"image_size": (size, size)}
         reading = super().reading(found, layout, request, told=told, tell=clip_pixels, **{**beside, **square})
         return replace(reading, vocabulary=load_vocabulary(None, reading.architecture.head.vocab_size))
 

@@ -43,6 +43,11 @@ class Captions(Marks):
         return self
 
 
+def captions_of(marks: Any) -> tuple[str, ...]:
+    """What is said of an image, whatever else is marked in it."""
+    return marks.captions
+
+
 class Row(NamedTuple):
     """One line: the image relative to the folder of the file, a caption, its part ('' where none is told)."""
 
@@ -120,7 +125,7 @@ def _split(
         rows = [[name for name in captions if (name in held) == val] for val in (False, True)]
         told = f"{share:.0%} of the images are held out for validation, by seed {seed}"
         train, val = (_image_set(file, names, captions) for names in rows)
-        return Splits(train, val, str(file), [*notes, told], drawn=True, tasks=("clip",))
+        return Splits(train, val, str(file), [*notes, told], drawn=True)
     validation = next((name for name in VALIDATION if name in found), None)
     if validation is None or "train" not in found:
         raise UserError(f"{where}: 'split' never says '{'train' if validation else 'val'}'")
@@ -129,7 +134,7 @@ def _split(
     train, val = (
         _image_set(file, [name for name in captions if parts[name] == part], captions) for part in ("train", validation)
     )
-    return Splits(train, val, str(file), notes, tasks=("clip",))
+    return Splits(train, val, str(file), notes)
 
 
 def _rank(name: str, seed: int) -> bytes:

@@ -100,7 +100,7 @@ def _outputs(network: nn.Module, batch: Batch, device: torch.device, most: int) 
         size = min(most, count)
         try:
             parts = [batch.part(begin, begin + size) for begin in range(0, count, size)]
-            return [(part, network(part.pixels.to(device), part.sizes)) for part in parts], most
+            return [(part, network(part.pixels.to(device), sizes=part.sizes)) for part in parts], most
         except (RuntimeError, MemoryError) as fault:
             if not out_of_memory(fault):
                 raise

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sightline.evaluation.measure import Measure
-from sightline.network import Network
 from sightline.types import Batch
 
 RANKS = (1, 5, 10)
@@ -47,7 +46,7 @@ class Retrieval(Measure):
     texts: dict[tuple[int, ...], Float[Tensor, " d"]] = field(default_factory=dict)
     pairs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
-    network: Network | None = None
+    network: Any = None
 
     def begin(self, network: Any) -> None:
         self.network = network

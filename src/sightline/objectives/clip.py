@@ -21,15 +21,16 @@ class Contrastive(Objective):
     at 100 or below.
     """
 
-    network: ImageTextNetwork
-
     def __init__(self, network: ImageTextNetwork):
         super().__init__()
         self.network = network
 
     def forward(self, batch: Batch) -> Step:
-        images = self.network.encode_image(batch.pixels, batch.sizes)
-        logits, _ = self.network.head.match(images, self.network.encode_text(batch.targets))
+        network = self.network
+        assert isinstance(network, ImageTextNetwork), "images and texts need a network that reads both"
+        logits, _ = network.head.match(
+            network.encode_image(batch.pixels, batch.sizes), network.encode_text(batch.targets)
+        )
         same = same_text(batch.targets)
         sigmoid = self.network.head.logit_bias is not None
         loss = sigmoid_loss(logits, same) if sigmoid else contrastive_loss(logits, same)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sightline.checkpoints.files import read_sealed
 from sightline.checkpoints.load import load_bundle
 from sightline.checkpoints.sealed import sealed
-from sightline.datasets.captions import has_captions
+from sightline.datasets.captions import captions_of, has_captions
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import Joint, Picture
 from sightline.datasets.open import open_dataset
@@ -67,7 +67,7 @@ class Captioned(Joint):
             pixels = self.transform(image if isinstance(image, np.ndarray) else decode(image), key)
         if isinstance(marks, int):
             return pixels, marks
-        captions = marks.captions
+        captions = captions_of(marks)
         ids = self.vocabulary(captions if self.every else captions[key % len(captions)], self.length)
         return pixels, ids if self.every else ids[0]
 
@@ -118,7 +118,7 @@ class ImagesAndTexts(Task):
             data, where = read_sealed(kept / _KEPT), printable(kept / _KEPT)
             require(type(data.get("length")) is int, f"{where} does not say how long texts are")
             return ImagesAndTexts(vocabularies.from_json(data, where), data["length"])
-        captions = [caption for marks in splits.train.samples.marks for caption in marks.captions]
+        captions = [caption for marks in splits.train.samples.marks for caption in captions_of(marks)]
         most, vocabulary = LONGEST, None
         if weights is not None and str(weights) != "none":
             bundle = load_bundle(weights)

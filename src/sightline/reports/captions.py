@@ -1,12 +1,13 @@
 """The page about a run that brought images and texts together: what was found, and what was said of some images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from sightline.datasets.captions import captions_of
 from sightline.errors import UserError, printable
 from sightline.evaluation.retrieval import RANKS, Retrieval
 from sightline.explanation.render import fitted
@@ -73,13 +74,13 @@ class CaptionsReport(Report):
                 figures.append(f"<figure><figcaption>{escape(printable(str(fault)))}</figcaption></figure>")
                 continue
             picture, _ = fitted(image, (0, 0, image.shape[1], image.shape[0]), PICTURE // 2, PICTURE)
-            verdict = "its own" if right else f"its own: {escape(printable(marks[index].captions[0]))}"
+            verdict = "its own" if right else f"its own: {escape(printable(captions_of(marks[index])[0]))}"
             words = f"found: {escape(printable(names[best]))} ({float(cosines[best]):.2f}); {verdict}"
             figures.append(f"<figure>{inline(np.asarray(picture))}<figcaption>{words}</figcaption></figure>")
         return f'<h2>The caption found for some held-out images</h2><div class="row">{"".join(figures)}</div>'
 
-    def _captions(self, index: int, marks) -> list[tuple[tuple[int, ...], str]]:
-        return list(zip(self.counts.pairs[index], marks[index].captions, strict=True))
+    def _captions(self, index: int, marks: Sequence[Any]) -> list[tuple[tuple[int, ...], str]]:
+        return list(zip(self.counts.pairs[index], captions_of(marks[index]), strict=True))
 
 
 def _evenly(count: int) -> list[int]:

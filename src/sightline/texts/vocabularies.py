@@ -59,7 +59,8 @@ def read_merges(path: Path) -> Vocabulary:
 def read_folder(folder: Path, cleaning: Any = "transformers") -> Vocabulary:
     """`vocab.json` and `merges.txt`, as transformers writes them, or `tokenizer.json` where those are missing."""
     if not (folder / "vocab.json").is_file() and (folder / "tokenizer.json").is_file():
-        where, model = folder / "tokenizer.json", _json(folder / "tokenizer.json").get("model")
+        where = folder / "tokenizer.json"
+        model: Any = _json(where).get("model")
         require(isinstance(model, dict), f"{printable(where)} has no 'model'")
         lines = model.get("merges")
         require(isinstance(lines, list), f"{printable(where)} has no list of merges")
