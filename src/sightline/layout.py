@@ -118,7 +118,6 @@ class Layout(ABC):
 
     libraries: ClassVar[tuple[str, ...]]
     family: ClassVar[str]
-
     task: ClassVar[str] = "classify"
     """The task of the networks that it stores, a key of `HEADS`."""
 
@@ -148,6 +147,10 @@ class Layout(ABC):
         `image_size` is what is known of the size it was made for. The key `patches`, where given, is the number of
         rows of a table of positions that belong to patches: the image size follows from it.
         """
+
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All settings that are known of a network, with those that follow from others."""
+        return settings
 
     @abstractmethod
     def rules(self, backbone: Any, head: Any) -> list[Rule]:
@@ -257,6 +260,10 @@ class TransformersLayout(Layout):
     def opened(self, backbone: Any, head: Any) -> dict[str, Any]:
         """What `from_pretrained` has to be told to build this network."""
         return {}
+
+    def ask(self, model: Any, *inputs: Tensor) -> Any:
+        """What transformers' model answers to what our network takes."""
+        return model(*inputs)
 
     def output(self, answer: Any, backbone: Any, head: Any) -> Any:
         """Of what transformers' model answers, that which our network answers."""

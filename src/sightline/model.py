@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +19,10 @@ from sightline.explanation.explain import Explanation, explain
 from sightline.images.decode import Source
 from sightline.images.preprocess import Preprocess
 from sightline.inference.predictor import Predictor
-from sightline.network import Network
+from sightline.inference.zero_shot import ZeroShotNetwork, class_vectors
+from sightline.network import ImageTextNetwork, Network
+from sightline.texts.byte_pairs import Vocabulary
+from sightline.texts.vocabularies import read_vocabulary
 from sightline.types import Reply
 
 
@@ -35,12 +39,57 @@ class Model:
     labels: Sequence[str]
     task: str = "classify"
     coverage: Any = None
+    vocabulary: Vocabulary | None = None
 
-    def predictor(self, *, device: str = "auto", precision: str = "auto", **settings: Any) -> Predictor:
-        """What answers many images fast; `settings` are those of `Predictor`."""
+    def predictor(
+        self,
+        *,
+        labels: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        **settings: Any,
+    ) -> Predictor:
+        """What answers many images fast; `settings` are those of `Predictor`.
+
+        A network that reads texts answers with one of `labels`, whatever they are; each is asked for in the sentences
+        of `prompts`, which have {} in its place. Raises UserError where another network is given either.
+        """
         where = pick_device(device)
         how = pick_precision(precision, where)
-        return Predictor(self.network, self.preprocess, self.labels, device=where, precision=how, **settings)
+        network, names = self.network, self.labels
+        if isinstance(network, ImageTextNetwork):
+            names = self.labels if labels is None else labels
+            network = self._zero_shot(network.to(where), names, prompts) if names else network
+        elif labels is not None or prompts is not None:
+            raise UserError("this model reads no texts: it answers with the classes that it has learned")
+        return Predictor(network, self.preprocess, names, device=where, precision=how, **settings)
+
+    def _zero_shot(self, network: ImageTextNetwork, labels: Sequence[str], prompts: Sequence[str] | None) -> Any:
+        return ZeroShotNetwork(network, class_vectors(network, self.words, labels, prompts))
+
+    @property
+    def words(self) -> Vocabulary:
+        """The vocabulary of a network that reads texts. Raises UserError where it is not known, or there is none."""
+        if not isinstance(self.network, ImageTextNetwork):
+            raise UserError("this model reads no texts, so it has no vocabulary")
+        if self.vocabulary is None:
+            raise UserError(
+                'the vocabulary of this model is not known: it comes with open_clip (pip install "sightline[clip]"), '
+                "or name its file with vocabulary=…"
+            )
+        return self.vocabulary
+
+    def tokenize(self, texts: str | Sequence[str]) -> Int[Tensor, "k n"]:
+        """Texts as the token ids that `network.encode_text` reads, [texts, context length]."""
+        return self.words(texts, self.network.architecture.head.context_length)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "k d"]:
+        """The vector of each text, [texts, width] in float32, to be compared with those of `embed` by their cosine."""
+        words, network = self.tokenize(texts), self.network
+        assert isinstance(network, ImageTextNetwork)
+        return network.eval().encode_text(words.to(next(network.parameters()).device)).float().cpu()
 
     def predict(self, sources: Iterable[Source], *, top: int = 5, **settings: Any) -> list[Reply]:
         """The answer for each image, in order; `settings` are those of `predictor`.
@@ -66,7 +115,7 @@ class Model:
 
     def save(self, directory: str | Path) -> Path:
         """Writes a model directory that `load` reads; all of it or nothing."""
-        return write_model(Path(directory), self.network, self.preprocess, self.labels)
+        return write_model(Path(directory), self.network, self.preprocess, self.labels, vocabulary=self.vocabulary)
 
 
 def _several(sources: Iterable[Source]) -> Iterable[Source]:
@@ -82,6 +131,7 @@ def load(
     architecture: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
+    vocabulary: str | Path | None = None,
     **overrides: Any,
 ) -> Model:
     """A model from disk or, where `source` begins with `hf:`, from a hub.
@@ -89,7 +139,19 @@ def load(
     `source` is a model directory of this project, a transformers or timm directory, or a bare `.safetensors`, `.pth`,
     `.bin` or Google `.npz` file; `architecture` names the model where a file cannot tell. `image_size` resamples the
     positions to another resolution by the method of the library that wrote them; `num_classes` gives a new, zero head
-    where it differs. Every tensor is used or the load fails and names it, as it is called on disk. Raises UserError.
+    where it differs. `vocabulary` is a file or folder with the words of a network that reads texts, where none lies
+    beside it. Every tensor is used or the load fails and names it, as it is called on disk. Raises UserError.
     """
     bundle = load_bundle(source, architecture=architecture, image_size=image_size, num_classes=num_classes, **overrides)
-    return Model(bundle.network, bundle.preprocess, bundle.labels, bundle.task, bundle.coverage)
+    words = bundle.vocabulary
+    if vocabulary is not None:
+        words = _fitting(read_vocabulary(vocabulary), bundle.network, printable(vocabulary))
+    return Model(bundle.network, bundle.preprocess, bundle.labels, bundle.task, bundle.coverage, words)
+
+
+def _fitting(vocabulary: Vocabulary, network: Network, where: str) -> Vocabulary:
+    size = getattr(network.architecture.head, "vocab_size", None)
+    if size != len(vocabulary):
+        reads = "reads no texts" if size is None else f"reads {size}"
+        raise UserError(f"the vocabulary of {where} has {len(vocabulary)} tokens, and the network {reads}")
+    return vocabulary

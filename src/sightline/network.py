@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,7 +56,8 @@ class Architecture:
     @property
     def layers(self) -> int:
         """How many layers the settings speak of, whatever they call them: those of each stage together."""
-        return sum(max(n, 0) for name, value in _named(self.backbone) if _of_layers(name) for n in _numbers(value))
+        named = (pair for part in (self.backbone, self.head) for pair in _named(part))
+        return sum(max(n, 0) for name, value in named if _of_layers(name) for n in _numbers(value))
 
     @property
     def computed(self) -> int:
@@ -69,7 +71,7 @@ class Architecture:
         needed = 4 * sum(math.prod(shape) for shape in self.shapes().values())
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         require(needed <= memory, f"the weights need {needed:,} bytes, and this machine has {memory:,}")
-        return Network(self)
+        return _network(self)
 
     def lay_out(self) -> "Network":
         """The network without memory for its weights, to be counted or given weights; what is not learned is real.
@@ -78,7 +80,7 @@ class Architecture:
         """
         try:
             with torch.device("meta"), _NothingToFill():
-                return Network(self)
+                return _network(self)
         except RuntimeError as fault:
             raise UserError(
                 f"the settings of {printable(self.name)} make tensors that are too large: {fault}"
@@ -118,7 +120,7 @@ def _named(part: Any) -> Iterator[tuple[str, Any]]:
 
 def _of_layers(name: str) -> bool:
     """Whether a setting counts layers, of the network or of each of its stages."""
-    return name.startswith("depth") or name == "layers"
+    return name.startswith("depth") or name.endswith("_depth") or name == "layers"
 
 
 def _numbers(value: Any) -> list[int]:
@@ -167,6 +169,54 @@ class Network(nn.Module):
         """The feature vector that the head's last layer reads, [batch, width]."""
         return self.head.features(self.backbone(pixels, sizes))
 
+    def example(self, pixels: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+        """Arguments for a call that uses every part of the network: these pixels, and what else there is to give."""
+        return (pixels,)
+
+
+class ImageTextNetwork(Network):
+    """A backbone for images and a head with a tower for texts: pixels and token ids to how well they fit.
+
+    Without ids, the images' places in the common space come back.
+    """
+
+    def forward(  # ty: ignore[incompatible-method-override]  (as CLIP's users call it)
+        self,
+        pixels: Float[Tensor, "b c h w"],
+        ids: Int[Tensor, "k n"] | None = None,
+        sizes: Int[Tensor, "b 2"] | None = None,
+    ) -> Any:
+        images = self.head(self.backbone(pixels, sizes))
+        return images if ids is None else self.head.match(images, self.head.encode_text(ids))
+
+    def encode_image(
+        self,
+        pixels: Float[Tensor, "b c h w"],
+        sizes: Int[Tensor, "b 2"] | None = None,
+        *,
+        normalize: bool = False,
+    ) -> Float[Tensor, "b d"]:
+        """Each image's place in the common space; with `normalize`, at a distance of 1 from its origin."""
+        images = self.embed(pixels, sizes)
+        return functional.normalize(images, dim=-1) if normalize else images
+
+    def encode_text(self, ids: Int[Tensor, "k n"], *, normalize: bool = False) -> Float[Tensor, "k d"]:
+        """Each text's place there."""
+        texts = self.head.encode_text(ids)
+        return functional.normalize(texts, dim=-1) if normalize else texts
+
+    def example(self, pixels: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+        config = self.head.config
+        ids = torch.arange(len(pixels) * config.context_length, device=pixels.device) % config.vocab_size
+        ids = ids.reshape(len(pixels), -1)
+        ids[:, -1] = config.vocab_size - 1 if config.eos_token_id is None else config.eos_token_id
+        return pixels, ids
+
+
+def _network(architecture: Architecture) -> Network:
+    reads_texts = hasattr(find("heads", "HEADS", architecture.task, "task"), "encode_text")
+    return (ImageTextNetwork if reads_texts else Network)(architecture)
+
 
 def describe(
     name: str,
@@ -180,6 +230,7 @@ def describe(
 
     With another `task` than the one that the model was published for, its head is that task's usual one.
     """
+    name = name.replace("/", "-")  # as OpenAI calls its networks, and open_clip does not
     row = variant(name)
     backbone = find("backbones", "FAMILIES", row.family, "family")
     asked = row.task if task is None else task
@@ -187,8 +238,11 @@ def describe(
     own = row.head if asked == row.task else {}
     given = {"num_classes": num_classes, "image_size": image_size, **overrides}
     given = {key: value for key, value in given.items() if value is not None}
-    settings, rest = backbone.split({**row.settings, **own, "num_classes": row.num_classes, **given})
     known = {*backbone.Config.__dataclass_fields__, *head.Config.__dataclass_fields__}
+    usual = {"num_classes": row.num_classes} if "num_classes" in known else {}
+    settings, rest = backbone.split({**row.settings, **own, **usual, **given})
+    if "num_classes" not in known and rest.get("num_classes") == 0:
+        del rest["num_classes"]  # which is what a head without classes has
     for key in rest:
         if key not in known:
             raise UserError(f"model '{name}' has no setting '{key}'.{suggest(key, known)}")
@@ -236,7 +290,7 @@ def count_macs(architecture: Architecture) -> int:
     pixels = torch.empty(1, architecture.backbone.in_chans, height, width, device="meta")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), _Remembering(), counter, _Remembering(counter.flop_registry):
-        network(pixels)
+        network(*network.example(pixels))
     return counter.get_total_flops() // 2
 
 

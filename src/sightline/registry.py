@@ -20,9 +20,9 @@ from sightline.errors import UserError, printable, suggest
 class Variant:
     """One published architecture: a family, its settings, and the number that proves them.
 
-    `settings` override the defaults of the family's configuration; `head` those of its head, which is that of `task`;
-    `preprocess` is the pixel contract its published weights expect. `parameters` is the exact count with `num_classes`
-    outputs, asserted by the contract tests.
+    `settings` override the defaults of the family's configuration; `head` those of its head, which is the one for
+    `task`; `preprocess` is the pixel contract its published weights expect. `parameters` is the exact count, with
+    `num_classes` outputs where the head has classes, asserted by the contract tests.
     """
 
     family: str
@@ -76,7 +76,7 @@ def variants(pattern: str = "*") -> dict[str, Variant]:
 
 def variant(name: str) -> Variant:
     """The row called `name`. Raises UserError with near names where there is none."""
-    rows = variants()
+    rows, name = variants(), name.replace("/", "-")
     if name not in rows:
         raise UserError(
             f"unknown model '{printable(name)}'.{suggest(name, rows)} `sightline models` lists all {len(rows)}."

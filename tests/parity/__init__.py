@@ -16,14 +16,15 @@ VIEWS = ("square", "non-square", "other size")
 class Made(NamedTuple):
     """A checkpoint on disk as the other library writes it, and its answer.
 
-    `options` are for `sightline.load`; `expected` is what the other library computes from `pixels`, after whatever it
-    does itself to get to another image size.
+    `options` are for `sightline.load`; `expected` is what the other library computes from `pixels` and what is `beside`
+    them (texts), after whatever it does itself to get to another image size.
     """
 
     path: Path
     options: dict[str, Any]
     pixels: Tensor
     expected: Tensor
+    beside: tuple[Tensor, ...] = ()
 
 
 class Case(NamedTuple):

@@ -87,8 +87,9 @@ def _parity(bundle: Bundle, reference: Any, to: str) -> float | None:
         return None
     config = bundle.architecture.backbone
     pixels = torch.randn(2, config.in_chans, *config.image_size, generator=torch.Generator().manual_seed(0))
+    inputs = bundle.network.example(pixels)
     with torch.no_grad():
-        outputs = bundle.network(pixels), reference(pixels)
+        outputs = bundle.network(*inputs), reference(*inputs)
     parts = [output if isinstance(output, tuple) else (output,) for output in outputs]
     apart = max(_apart(ours, theirs) for ours, theirs in zip(*parts, strict=True))
     if not apart <= TOLERANCE:

@@ -4,6 +4,7 @@
 no flipped bit of either goes unnoticed.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sightline.checkpoints.atomic import write_atomic
-from sightline.checkpoints.files import safetensors_of
+from sightline.checkpoints.files import read_sealed, safetensors_of
 from sightline.checkpoints.hashes import hashes_of
 from sightline.checkpoints.measure import refuse_other
 from sightline.checkpoints.rules import Found, save
@@ -23,9 +24,13 @@ from sightline.images.preprocess import Preprocess
 from sightline.layout import Rule
 from sightline.network import Architecture, Network
 from sightline.schema import require
+from sightline.texts import vocabularies
+from sightline.texts.byte_pairs import Vocabulary
 
 _VERSION = 2
 _KEYS = {"format", "version", "task", "architecture", "labels", "preprocess", "versions"}
+_VOCABULARY, _WORDS = "vocabulary", "vocabulary.json"
+"""The key that holds the SHA-256 of the file with the vocabulary, and that file."""
 _UNSEALED = 1
 """The version before seals and hashes; read as it is, and said."""
 _MOST_CELLS, _FOR_EACH = 2**24, 4
@@ -50,7 +55,7 @@ class Sightline(Scheme):
         number = config.get("version")
         known = type(number) is int and number in (_VERSION, _UNSEALED)
         require(known, f"{where} has version {printable(number)}; {_VERSION} is read")
-        keys = _KEYS if number == _UNSEALED else _KEYS | {SEAL, "weights"}
+        keys = (_KEYS if number == _UNSEALED else _KEYS | {SEAL, "weights"}) | (config.keys() & {_VOCABULARY})
         for key in sorted(config.keys() ^ keys):
             state = "unknown" if key in config else "missing"
             raise UserError(f"{where}: '{printable(key)}' in config.json is {state}")
@@ -63,7 +68,8 @@ class Sightline(Scheme):
         found = Found(where, stored.contents.tensors)
         old = ("written without hashes, so damage would go unnoticed; saving it anew adds them",)
         notes = old if number == _UNSEALED else ()
-        return Reading(architecture, self.rules(architecture), found, preprocess, labels, notes)
+        vocabulary = _vocabulary(stored, architecture)
+        return Reading(architecture, self.rules(architecture), found, preprocess, labels, notes, vocabulary)
 
     def rules(self, architecture: Architecture) -> list[Rule]:
         return _identity(architecture.shapes())
@@ -85,7 +91,13 @@ class Sightline(Scheme):
             "versions": {name: version(name) for name in ("sightline", "torch")},
         }
         weights = out / "model.safetensors"
+        words: dict[Path, Content] = {}
+        if bundle.vocabulary is not None:
+            text = sealed(vocabularies.to_json(bundle.vocabulary))
+            words[out / _WORDS] = text
+            config[_VOCABULARY] = hashlib.sha256(text).hexdigest()
         return {
+            **words,
             weights: safetensors_of(tensors),
             out / "config.json": lambda path: _commit(path, {**config, "weights": hashes_of(weights)}),
         }
@@ -97,12 +109,14 @@ def write_model(
     preprocess: Preprocess,
     labels: Sequence[str],
     extra: Mapping[str, bytes] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Path:
     """Writes a model directory, `config.json` last, each file replacing an older one whole; returns the directory.
 
-    `extra` are further files by their names (the model card, the run record). Raises WorkError where the disk refuses.
+    `extra` are further files by their names (the model card, the run record), `vocabulary` that of a network that reads
+    texts. Raises WorkError where the disk refuses.
     """
-    bundle = Bundle(network, preprocess, tuple(labels), Coverage(()))
+    bundle = Bundle(network, preprocess, tuple(labels), Coverage(()), vocabulary=vocabulary)
     tensors = save(_identity(network.state_dict()), network.state_dict())
     files = SCHEMES["sightline"].files(bundle, tensors, directory)
     first = {directory / name: content for name, content in (extra or {}).items()}
@@ -117,6 +131,24 @@ def _commit(path: Path, config: Mapping[str, Any]) -> None:
 
 def _identity(names: Iterable[str]) -> list[Rule]:
     return [Rule((name,), (name,)) for name in names]
+
+
+def _vocabulary(stored: Stored, architecture: Architecture) -> Vocabulary | None:
+    """What the network has learned to read, from the file beside its weights, if it reads texts."""
+    assert stored.config is not None
+    size, expected = getattr(architecture.head, "vocab_size", None), stored.config.get(_VOCABULARY)
+    if expected is None:
+        return None if size is None else vocabularies.load_vocabulary(None, size)
+    require(size is not None and stored.folder is not None, f"{stored.where}: a vocabulary without a use")
+    assert stored.folder is not None
+    path = stored.folder / _WORDS
+    data = read_sealed(path)
+    same = hashlib.sha256(path.read_bytes()).hexdigest() == expected
+    require(same, f"{printable(path)} is not the vocabulary that the model was saved with")
+    vocabulary = vocabularies.from_json(data, printable(path))
+    fits = f"{printable(path)} has {len(vocabulary)} tokens, and the network reads {size}"
+    require(len(vocabulary) == size, fits)
+    return vocabulary
 
 
 def _preprocess(data: Any, where: str) -> Preprocess:

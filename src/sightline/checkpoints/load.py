@@ -23,17 +23,21 @@ from sightline.network import Architecture, Network
 from sightline.registry import find, table
 from sightline.types import finite
 
+_CONFIGS = ("config.json", "open_clip_config.json")
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 UNFORESEEN = "a value in config.json is of a kind that no such configuration has"
 """What a reader says where it stumbles over a value that it should have named."""
 
-_FIRST = ("sightline", "timm")  # where names are of several layouts: theirs are the ones that others took over
+_FIRST = ("sightline", "timm", "openai")
+"""Where names are of several layouts: theirs are the ones that others took over."""
 _HALF = (0.5, 0.5, 0.5)
 _BACKBONE = "backbone."
 
@@ -76,7 +80,8 @@ def load_bundle(
     labels = reading.labels if reading.labels is not None and len(reading.labels) == count else numbered(count)
     labels = _distinct(labels, notes)
     preprocess = _preprocess(reading, target)
-    return Bundle(network, preprocess, labels, Coverage(pairs, reading.found.dropped, tuple(notes)), str(source))
+    coverage = Coverage(pairs, reading.found.dropped, tuple(notes))
+    return Bundle(network, preprocess, labels, coverage, str(source), reading.vocabulary)
 
 
 def open_source(source: str | Path) -> Stored:
@@ -95,7 +100,7 @@ def open_source(source: str | Path) -> Stored:
 
 
 def _open_directory(folder: Path, where: str) -> Stored:
-    config = folder / "config.json"
+    config = next((folder / name for name in _CONFIGS if (folder / name).is_file()), folder / _CONFIGS[0])
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if not config.is_file():
         hint = f"; name one of its files ({', '.join(SUFFIXES)}) to read that alone" if weights else ""
@@ -111,6 +116,7 @@ def _open_directory(folder: Path, where: str) -> Stored:
         read_sharded(weights) if weights.suffix == ".json" else read_tensors(weights),
         settings,
         read_json(processor, MAX_CONFIG) if processor.is_file() else None,
+        folder,
     )
 
 
@@ -149,7 +155,9 @@ def _adapted(
         target = adjusted(target, image_size=request.image_size)
         _resample(reading, state, target, notes)
     count = request.num_classes
-    if count is not None and count != stored.head.num_classes:
+    if count is not None and not hasattr(stored.head, "num_classes"):
+        notes.append(f"num_classes={count} changes nothing: the head of this network has no classes")
+    elif count is not None and count != stored.head.num_classes:
         target = _with_classes(target, count, reading, state, notes)
     return target, state
 
@@ -218,7 +226,7 @@ def _require_finite(network: Network, reading: Reading) -> None:
     sides = [min(2 * patch, side) for patch, side in zip(patches, config.image_size, strict=True)]
     pixels = torch.linspace(-1, 1, config.in_chans * math.prod(sides)).reshape(1, config.in_chans, *sides)
     with torch.no_grad():
-        if finite(network(pixels)).all():
+        if finite(network(*network.example(pixels))).all():
             return
     found, state = reading.found, network.state_dict()
     sizes = {

@@ -48,7 +48,7 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
     settings, usual = dict(facts.settings), None
     if name is not None:
         row = variant(name)
-        if row.family != facts.layout.family:
+        if (row.family, row.task) != (facts.layout.family, facts.layout.task):
             raise UserError(f"{facts.where} does not hold a {name}: its tensors are those of another kind of network")
         given = {**row.settings, **(row.head if row.task == facts.layout.task else {})}
         usual = given.pop("image_size", None)
@@ -60,6 +60,7 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
     for key in facts.layout.untold:
         if key not in settings:
             settings[key] = _usual(key, settings, facts)
+    settings = facts.layout.settle(settings)
     backbone = find("backbones", "FAMILIES", facts.layout.family, "family")
     task = facts.layout.task
     head = find("heads", "HEADS", task, "task")
@@ -113,7 +114,7 @@ def _require_tensors(config: Any, facts: Facts) -> None:
 def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     """The registered networks of a family by name, with the settings of their backbones."""
     for name, row in variants().items():
-        if row.family == facts.layout.family:
+        if (row.family, row.task) == (facts.layout.family, facts.layout.task):
             yield name, _registered(name)
 
 

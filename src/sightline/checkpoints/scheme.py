@@ -16,18 +16,20 @@ from sightline.layout import Rule
 from sightline.network import Architecture, Network
 from sightline.registry import find
 from sightline.schema import from_json
+from sightline.texts.byte_pairs import Vocabulary
 
 Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What lies on disk before anyone interprets it: tensors by name, and the JSON files beside them."""
+    """What lies on disk before anyone interprets it: tensors by name, the JSON files beside them, and their folder."""
 
     where: str
     contents: Contents
     config: Mapping[str, Any] | None = None
     processor: Mapping[str, Any] | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Reading:
     preprocess: Preprocess | None = None
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
 
 class Scheme(ABC):
@@ -86,8 +89,11 @@ class Scheme(ABC):
             return []
         return ["partial_patches='pad', which acts at other image sizes only, becomes 'drop'"]
 
-    def reference(self, bundle: "Bundle", out: Path) -> Callable[[Tensor], Any] | None:
-        """The written checkpoint as the other library computes it, where that is installed."""
+    def reference(self, bundle: "Bundle", out: Path) -> Callable[..., Any] | None:
+        """The written checkpoint as the other library computes it, where that is installed.
+
+        It takes what `Network.example` gives, and answers as the network does.
+        """
         return None
 
 
@@ -127,7 +133,7 @@ class Bundle:
     """A loaded checkpoint: the network in evaluation mode and all that is needed to use it.
 
     `labels` are the class names in order of the outputs, their numbers where the checkpoint names none. `source` says
-    where it came from.
+    where it came from. `vocabulary` is what a network that reads texts has learned to read, where it is known.
     """
 
     network: Network
@@ -135,6 +141,7 @@ class Bundle:
     labels: tuple[str, ...]
     coverage: Coverage
     source: str = ""
+    vocabulary: Vocabulary | None = None
 
     @property
     def named(self) -> bool:

@@ -4,7 +4,8 @@ Releases 5 and newer call their parameters otherwise in memory, and translate wh
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sightline.images.preprocess import Preprocess
 from sightline.layout import Layout, Rule, TransformersLayout
 from sightline.network import Architecture
 from sightline.schema import require
+from sightline.texts.vocabularies import folder_files, load_vocabulary
 
 
 class Transformers(Library):
@@ -43,18 +45,22 @@ class Transformers(Library):
         else:
             layout, config, notes = self._named(stored), stored.config, ()
             found = _based(stored, layout)
-            _refuse_odd(config, layout, where)
+            refuse_odd(config, layout.defaults, layout.ignored, where)
             told = layout.told({**layout.defaults, **config}, shapes_of(found))
             size = told.pop("image_size", None)
             headless = _kind(config, layout, where) in (layout.bare, *layout.headless)
-            told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout), where)
+            if layout.task == "classify":
+                told["num_classes"] = 0 if headless else _classes(config, _outputs(found, layout), where)
 
         def tell(architecture: Architecture) -> tuple[Preprocess, tuple[str, ...] | None]:
             side = architecture.backbone.image_size
             processor = stored.processor or {"size": {"height": side[0], "width": side[1]}}
-            return from_transformers(processor).at(side), _labels(config, architecture.head.num_classes, where)
+            return from_transformers(processor).at(side), _labels(config, _count(architecture.head), where)
 
-        return self.reading(found, layout, request, image_size=size, told=told, tell=tell, notes=notes)
+        reading = self.reading(found, layout, request, image_size=size, told=told, tell=tell, notes=notes)
+        if (tokens := getattr(reading.architecture.head, "vocab_size", None)) is None:
+            return reading
+        return replace(reading, vocabulary=load_vocabulary(stored.folder, tokens))
 
     def rules(self, architecture: Architecture) -> list[Rule]:
         layout = self.layout(architecture)
@@ -83,6 +89,8 @@ class Transformers(Library):
         processor, _ = _processor(bundle.preprocess)
         if processor is not None:
             files[out / "preprocessor_config.json"] = json.dumps(processor, indent=2).encode()
+        if bundle.vocabulary is not None:
+            files |= {out / name: content for name, content in folder_files(bundle.vocabulary).items()}
         return {**files, out / "config.json": json.dumps(self._config(bundle), indent=2).encode()}
 
     def remarks(self, bundle: Bundle, out: Path) -> list[str]:
@@ -92,7 +100,7 @@ class Transformers(Library):
             remarks.append(f"preprocessor_config.json left out: {refusal}")
         return remarks
 
-    def reference(self, bundle: Bundle, out: Path) -> Callable[[Tensor], Any] | None:
+    def reference(self, bundle: Bundle, out: Path) -> Callable[..., Any] | None:
         if out.suffix or find_spec("transformers") is None:
             return None
         import transformers
@@ -103,7 +111,7 @@ class Transformers(Library):
         options = layout.opened(architecture.backbone, architecture.head)
         kind = getattr(transformers, layout.kind(architecture.backbone, architecture.head))
         model = kind.from_pretrained(out, **options).eval()
-        return lambda pixels: layout.output(model(pixels), architecture.backbone, architecture.head)
+        return lambda *inputs: layout.output(layout.ask(model, *inputs), architecture.backbone, architecture.head)
 
     def _bare(self, stored: Stored) -> TransformersLayout | None:
         """The layout of a file without `config.json`, by the names in it."""
@@ -137,7 +145,7 @@ class Transformers(Library):
             "architectures": [layout.kind(backbone, head)],
             "model_type": layout.model_type,
             **layout.config(backbone, head),
-            **(named if head.num_classes else {}),
+            **(named if _count(head) else {}),
             "dtype": "float32",
         }
 
@@ -154,6 +162,11 @@ def _based(stored: Stored, layout: Layout) -> Found:
     disk = {short: name for name, short in names.items() if short.startswith("?")}
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     return Found(stored.where, renamed, base, disk, outside=layout.outside)
+
+
+def _count(head: Any) -> int:
+    """The classes of a head; none where it has no such thing."""
+    return getattr(head, "num_classes", 0)
 
 
 def _kind(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> str:
@@ -204,7 +217,7 @@ LARGE = 2**40
 """What no number in a configuration reaches; as one that is none (NaN) never lies below it."""
 
 
-def _refuse_odd(config: Mapping[str, Any], layout: TransformersLayout, where: str) -> None:
+def refuse_odd(config: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str], where: str) -> None:
     """Nothing unknown is passed over: it might say that the network computes otherwise, or ask for code.
 
     Nor is a value of another kind than the usual one.
@@ -212,12 +225,12 @@ def _refuse_odd(config: Mapping[str, Any], layout: TransformersLayout, where: st
     for key, value in config.items():
         if key in _EMPTY:
             require(value in _EMPTY[key], f"{where}: '{key}' in config.json has no counterpart here")
-        elif key not in layout.defaults and key not in layout.ignored and key not in _GENERIC and key not in _TEXTUAL:
-            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, layout.defaults)}")
-        elif key in layout.defaults and not _alike(key, value, layout.defaults[key]):
+        elif key not in defaults and key not in ignored and key not in _GENERIC and key not in _TEXTUAL:
+            raise UserError(f"{where}: '{printable(key)}' in config.json is unknown.{suggest(key, defaults)}")
+        elif key in defaults and not _alike(key, value, defaults[key]):
             raise UserError(
                 f"{where}: '{printable(key)}' in config.json is {printable(repr(value), 60)}, and should be like "
-                f"{layout.defaults[key]!r}"
+                f"{defaults[key]!r}"
             )
 
 

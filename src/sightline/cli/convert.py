@@ -17,7 +17,7 @@ def arguments(parser: Any) -> None:
         "--to",
         required=True,
         metavar="LAYOUT",
-        help="sightline, timm, transformers, torchvision, google, big_vision, original",
+        help="sightline, timm, transformers, torchvision, google, big_vision, original, openai, open_clip",
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from sightline.cli.options import add_device
+from sightline.cli.options import add_device, add_texts, lines
 
 SUMMARY = "Measure a model on labelled images: accuracy, AP of boxes, IoU of masks, by its task; and each class."
 EXAMPLE = "sightline evaluate runs/photos photos"
@@ -20,6 +20,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_texts(parser, labels=False)
     add_device(parser)
 
 
@@ -37,6 +38,8 @@ def run(request: argparse.Namespace) -> int:
         device=request.device,
         precision=request.precision,
         architecture=request.architecture,
+        vocabulary=request.vocabulary,
+        prompts=lines(request.prompts, "|"),
     )
     for name, reason in result.refused:
         print(f"refused {printable(name)}: {printable(reason)}", file=sys.stderr)

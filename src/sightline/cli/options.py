@@ -7,7 +7,10 @@ import re
 import types
 from collections.abc import Container, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from sightline.errors import UserError, printable
 
 
 def add_fields(parser: Any, kind: type, *, leave_out: tuple[str, ...] = ()) -> None:
@@ -54,6 +57,35 @@ def add_device(parser: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     choices = ("auto", "fp32", "bf16", "fp16")
     parser.add_argument("--precision", default="auto", choices=choices, help="arithmetic of the forward pass")
+
+
+def add_texts(parser: Any, *, labels: bool = True) -> None:
+    """What a network of images and texts is to be asked."""
+    group = parser.add_argument_group("for models that read texts (CLIP)")
+    if labels:
+        group.add_argument("--labels", metavar="A,B,…|FILE", help="texts to choose from, or a file with one a line")
+    group.add_argument("--prompts", metavar="T|T|…|FILE", help="sentences with {} for the label, or a file of them")
+    group.add_argument("--vocabulary", metavar="PATH", help="file or folder of its words, where none lies beside it")
+
+
+def lines(text: str | None, between: str) -> list[str] | None:
+    """Texts as people write them: in a file, one a line, or here with a sign between them; None where none is given.
+
+    Raises UserError for a file that cannot be read, and where nothing is in it.
+    """
+    if text is None:
+        return None
+    path = Path(text)
+    try:
+        whole = path.read_bytes() if len(text) < 1024 and path.is_file() else None
+        found = text.split(between) if whole is None else whole.decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = "it is not UTF-8" if isinstance(fault, UnicodeDecodeError) else fault.strerror
+        raise UserError(f"cannot read {printable(text)}: {reason}") from fault
+    found = [line.strip() for line in found if line.strip()]
+    if not found:
+        raise UserError(f"there is no text in '{printable(text)}'")
+    return found
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from sightline.cli.options import add_device
+from sightline.cli.options import add_device, add_texts, lines
 
 SUMMARY = "Answer images: files, folders and globs, in order; one bad file costs one answer."
 EXAMPLE = "sightline predict runs/photos holiday/*.jpg --top 3"
@@ -23,6 +23,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most images at a time")
     parser.add_argument("--runtime", default="auto", choices=("auto", "torch"), help="what computes")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_texts(parser)
     add_device(parser)
 
 
@@ -31,9 +32,14 @@ def run(request: argparse.Namespace) -> int:
     from sightline.inference.files import expand, open_csv, saved, to_json, write_csv
     from sightline.model import load
 
-    model = load(request.model, architecture=request.architecture)
+    model = load(request.model, architecture=request.architecture, vocabulary=request.vocabulary)
     predictor = model.predictor(
-        device=request.device, precision=request.precision, top=request.top, batch_size=request.batch_size
+        labels=lines(request.labels, ","),
+        prompts=lines(request.prompts, "|"),
+        device=request.device,
+        precision=request.precision,
+        top=request.top,
+        batch_size=request.batch_size,
     )
     failed = 0
     with ExitStack() as files:

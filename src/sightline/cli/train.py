@@ -31,10 +31,13 @@ def arguments(parser: Any) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="what the task learns from: class folders or CSV, COCO JSON, images with masks; or builtin:digits",
+        help="what the task learns from: class folders or CSV, COCO JSON, masks, captions; or builtin:digits",
     )
     parser.add_argument(
-        "--task", default="classify", metavar="NAME", help="classify, detect (boxes) or segment (masks)"
+        "--task",
+        default="classify",
+        metavar="NAME",
+        help="classify, detect (boxes), segment (masks) or clip (captions)",
     )
     parser.add_argument("--model", help="architecture, as `sightline models` lists them")
     parser.add_argument("--weights", metavar="SOURCE", help="weights to start from: a file, a folder, hf:…; or none")

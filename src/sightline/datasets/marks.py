@@ -70,6 +70,11 @@ class Scene(Masked):
     colours: tuple[str, ...]
     caption: str
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """What is said of it, as of images with several captions."""
+        return (self.caption,)
+
     def content(self) -> bytes:
         return self.objects.content() + hashlib.sha256(self.pixels.tobytes() + self.caption.encode()).digest()
 

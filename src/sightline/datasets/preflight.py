@@ -101,7 +101,8 @@ def _told(splits: Splits, pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]
         kind = "duplicate" if splits.drawn else "leak"
         words = f"{len(pairs):,} validation images are training images too, byte for byte"
         yield Finding(kind, f"{words}: the accuracy measured will be too good", names)
-    unlike = [(j, i) for j, i in pairs if mine.classes[mine.targets[j]] != other.classes[other.targets[i]]]
+    labelled = [(j, i) for j, i in pairs if mine.targets[j] >= 0]
+    unlike = [(j, i) for j, i in labelled if mine.classes[mine.targets[j]] != other.classes[other.targets[i]]]
     if unlike:
         names = [name for j, i in unlike for name in (mine.samples.names[j], other.samples.names[i])]
         yield Finding("contradiction", f"{len(unlike):,} of them have another label there", names)

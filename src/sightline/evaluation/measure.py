@@ -21,6 +21,10 @@ class Measure(ABC):
 
     refused: list[tuple[str, str]]
 
+    def begin(self, network: Any) -> None:
+        """What is to be computed with the network before its answers are counted; for most tasks, nothing."""
+        assert not network.training, "a network is measured as it answers, not as it learns"
+
     @abstractmethod
     def take(self, output: Any, batch: Batch) -> None:
         """Counts one batch."""
@@ -77,6 +81,7 @@ def weigh(
     training, most = network.training, 2**62
     network.eval()
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        measure.begin(network)
         for _, batch, refused in batches:
             measure.refused.extend(refused)
             if batch is not None:
@@ -95,7 +100,7 @@ def _outputs(network: nn.Module, batch: Batch, device: torch.device, most: int) 
         size = min(most, count)
         try:
             parts = [batch.part(begin, begin + size) for begin in range(0, count, size)]
-            return [(part, network(part.pixels.to(device), part.sizes)) for part in parts], most
+            return [(part, network(part.pixels.to(device), sizes=part.sizes)) for part in parts], most
         except (RuntimeError, MemoryError) as fault:
             if not out_of_memory(fault):
                 raise

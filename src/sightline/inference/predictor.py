@@ -61,7 +61,7 @@ class Predictor:
         batch_size: int = 32,
         top: int = 5,
     ):
-        classes = network.architecture.head.num_classes
+        classes = getattr(network.architecture.head, "num_classes", len(labels))
         if len(labels) != classes:
             raise UserError(f"the model tells {classes} classes apart, and there are {len(labels)} labels")
         for name, value in (("batch size", batch_size), ("number of classes to show", top)):
@@ -86,7 +86,8 @@ class Predictor:
         small.
         """
         if not self.labels:
-            raise UserError("this model has no classifier: it gives features (embed), not predictions")
+            remedy = "name labels to choose from" if hasattr(self.network.head, "encode_text") else "use embed"
+            raise UserError(f"this model has no classifier: it gives features, not predictions ({remedy})")
         for batch in self._batches(sources):
             images = [item for item in batch if isinstance(item, _Image)]
             answers = iter(self._answer(images) if images else [])

@@ -83,7 +83,7 @@ def _from_weights(
     preprocess = bundle.preprocess.at(learned.backbone.image_size)
     if learned.task != task.name:  # the backbone alone has learned before
         own = {name: value for name, value in overrides.items() if name not in rest}
-        head = from_json(kind, {**own, "num_classes": known.classes}, f"the head for '{task.name}'")
+        head = from_json(kind, {**task.head(known), **own}, f"the head for '{task.name}'")
         learned = replace(learned, task=task.name, head=head)
     chosen = task.adapted(RECIPES[recipe](known, learned, preprocess))
     network = chosen.architecture.build()

@@ -9,10 +9,8 @@ from typing import Any
 from sightline.checkpoints.files import read_json
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
-from sightline.datasets.naming import some
 from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
-from sightline.errors import UserError
 from sightline.evaluation.measure import weigh
 from sightline.model import load
 from sightline.recipes.task import task_of
@@ -63,23 +61,25 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     architecture: str | None = None,
+    prompts: Sequence[str] | None = None,
+    vocabulary: str | Path | None = None,
 ) -> Evaluated:
     """Measures a model on the validation part of `data`, or on all of it where it has none.
 
     Data that the model was trained on, and the built-in sets, are held out as in its training: by its seed, or by
     `seed`. The classes of the data must be those of the model, by name; their order on disk does not matter. Raises
-    UserError otherwise.
+    UserError otherwise. A model that reads texts is asked for any classes, by name, in the sentences of `prompts`.
     """
     require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
     require(workers >= 0, f"workers must not be negative, and is {workers}")
-    model = load(source, architecture=architecture)
+    model = load(source, architecture=architecture, vocabulary=vocabulary)
     where = pick_device(device)
     folder = Path(source)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    task = task_of(model.task)
+    task = task_of(model.task).for_model(model, prompts)
     splits = task.open(data, int(record.get("seed", 0)) if seed is None else seed)
     chosen, notes = _part(splits, record, seed)
-    images = _in_order_of(model.labels, chosen, str(data))
+    images = task.aligned(model.labels, chosen, str(data))
     loader = OrderedLoader(
         images,
         task.prepared(model.preprocess),
@@ -117,13 +117,3 @@ def _part(splits: Splits, record: Mapping[str, Any], seed: int | None) -> tuple[
         return splits.val, splits.notes
     images = splits.together()
     return images, [f"all {len(images):,} images are judged: the data has no validation part of its own"]
-
-
-def _in_order_of(labels: Sequence[str], images: ImageSet, data: str) -> ImageSet:
-    """The images with their classes numbered as the model numbers them. Raises UserError for another class set."""
-    missing, extra = set(labels) - set(images.classes), set(images.classes) - set(labels)
-    if missing or extra:
-        gaps = [f"only the model knows {some(sorted(missing))}"] if missing else []
-        gaps += [f"only {data} has {some(sorted(extra))}"] if extra else []
-        raise UserError(f"the classes of {data} are not those of the model: {'; '.join(gaps)}")
-    return images.renumbered(tuple(labels))

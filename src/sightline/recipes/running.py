@@ -76,7 +76,7 @@ class Run(ABC):
             self.evaluate,
             name=lambda i: names[i],
             labels=self.labels(),
-            begin=lambda: self.folder.write(unsaid),
+            begin=lambda: self.begin(unsaid),
             score=self.score,
             aside=spent + CLOSING,
         )
@@ -92,6 +92,10 @@ class Run(ABC):
                     self.folder.write(unsaid | {"findings": [asdict(finding) for finding in loop.doctor.findings]})
                 raise
             return self.finished(outcome, record)
+
+    def begin(self, record: dict[str, Any]) -> None:
+        """Writes what the run needs to go on, the record last."""
+        self.folder.write(record)
 
     def batches(self, step: int, say: Callable[[str], None]) -> TrainLoader:
         """The training batches from a step on."""

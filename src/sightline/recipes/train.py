@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sightline.checkpoints.atomic import write_atomic
 from sightline.checkpoints.directory import write_model
 from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.preflight import quick
@@ -107,6 +108,7 @@ def train(
             what = task_of(str(record.get("task")))
             splits = what.open(record["data"]["source"], record["seed"])
             require_same_data(splits, record, folder)
+            what = what.bound(splits, kept=folder.path)
             chosen = Recipe.from_json(record["recipe"], str(folder.record_file))
             chosen = chosen.told({name: settings[name] for name in RETOLD if name in settings}, {})
             record["recipe"] = chosen.to_json()
@@ -116,6 +118,7 @@ def train(
             what = task_of(task)
             folder.require_fresh()
             splits = what.open(data, int(settings.get("seed", 0)))
+            what = what.bound(splits, weights)
             chosen, taught, remarks = autopilot(
                 what,
                 splits.train,
@@ -159,6 +162,11 @@ class _Training(Run):
             world=world.size,
             workers=recipe.settings.workers if splits.val.samples.arrays is None else 0,
         )
+
+    def begin(self, record: dict[str, Any]) -> None:
+        for name, content in self.what.kept().items():
+            write_atomic(self.folder.path / name, content)
+        super().begin(record)
 
     def tell(self, say: Callable[[str], None]) -> None:
         self.validation.tell(say)
@@ -222,7 +230,7 @@ class _Training(Run):
         labels = self.splits.train.classes
         about = self.folder.path, network, self.recipe.preprocess, labels, self.splits.val, counts, record
         report = self.what.report(*about)
-        write_model(self.folder.path, network, self.recipe.preprocess, labels)
+        write_model(self.folder.path, network, self.recipe.preprocess, labels, vocabulary=self.what.vocabulary)
         report.write()
         model_card(self.folder.path, labels, record, report.card)
         self.folder.write(record)

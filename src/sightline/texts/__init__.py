@@ -1,0 +1,1 @@
+"""Texts become token ids: byte pairs, and the vocabularies that say which."""
