@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
@@ -462,14 +463,14 @@ def test_labels_that_the_neighbours_contradict_are_named():
     wrong = (10, 100, 350, 555, 790)
     for row in wrong:
         labels[row] = (labels[row] + 5) % 10
-    found = suspects(pixels, labels)
+    found = suspects(torch.from_numpy(pixels), labels)
     assert set(wrong) <= {suspect.row for suspect in found[:8]}
     assert all(suspect.believed == images.targets[suspect.row] for suspect in found if suspect.row in wrong)
     assert len(found) <= 12
     known = labels.copy()
     known[10] = images.targets[10]  # a model that learned the other four by heart
-    assert suspects(pixels, labels, answers=known)[0].row == 10
+    assert suspects(torch.from_numpy(pixels), labels, answers=known)[0].row == 10
 
 
 def test_too_few_neighbours_contradict_nothing():
-    assert suspects(np.eye(3, dtype=np.float32), np.arange(3)) == []
+    assert suspects(torch.eye(3), np.arange(3)) == []

@@ -38,7 +38,7 @@ def suspicious(checked: Checked, source: str, device: str, progress: Progress) -
             pile.called([int(rows[s.row])]),
             [pile.labels[s.given], pile.labels[s.believed]],
         )
-        for s in suspects(vectors.numpy(), pile.label[rows], answers=answers)
+        for s in suspects(vectors, pile.label[rows], answers=answers)
     ]
 
 
