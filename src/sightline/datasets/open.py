@@ -1,6 +1,7 @@
 """Whatever the user calls a dataset, as training and validation images."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from sightline.datasets.archive import SUFFIXES, read_archive
@@ -8,7 +9,8 @@ from sightline.datasets.folder import read_splits
 from sightline.datasets.split import Splits
 from sightline.datasets.table import read_table
 from sightline.errors import UserError, printable
-from sightline.registry import find
+from sightline.registry import find, table
+from sightline.schema import from_json, require
 
 _BUILTIN = "builtin:"
 
@@ -19,11 +21,12 @@ def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) ->
     Nothing is written.
 
     Where the data has no validation part of its own, `held_out` (0 to 1) of each class is set apart by `seed`. The
-    built-in sets are the `BUILTIN` tables of this room: from (seed, held_out) to `Splits`. Raises UserError for what is
-    not there, cannot be read, or would be wrong to train on.
+    built-in sets are the `BUILTIN` tables of this room: from (seed, held_out) to `Splits`; settings of theirs, where
+    `OPTIONS` has a dataclass of the same name, are part of the source, as in `builtin:NAME:classes=10,size=32`. Raises
+    UserError for what is not there, cannot be read, or would be wrong to train on.
     """
     if str(source).startswith(_BUILTIN):
-        return find("datasets", "BUILTIN", str(source).removeprefix(_BUILTIN), "built-in dataset")(seed, held_out)
+        return _built_in(str(source), seed, held_out)
     path = Path(source)
     if os.path.isdir(path):  # noqa: PTH112  (False where a folder above is closed to us, not an exception)
         return read_splits(path, seed=seed, held_out=held_out)
@@ -34,3 +37,15 @@ def open_dataset(source: str | Path, *, seed: int = 0, held_out: float = 0.2) ->
     known = f"a folder, an archive ({', '.join(SUFFIXES)}), a CSV file, or one like builtin:digits"
     problem = "is none of these" if os.path.exists(path) else "does not exist"  # noqa: PTH110
     raise UserError(f"{printable(path)} {problem}: a dataset is {known}")
+
+
+def _built_in(source: str, seed: int, held_out: float) -> Splits:
+    name, _, words = source.removeprefix(_BUILTIN).partition(":")
+    made = find("datasets", "BUILTIN", name, "built-in dataset")
+    options = table("datasets", "OPTIONS").get(name)
+    if options is None:
+        require(not words, f"{_BUILTIN}{printable(name)} has no settings, and '{printable(words)}' was given")
+        return made(seed, held_out)
+    told = dict(word.partition("=")[::2] for word in words.split(",") if word)
+    values = {key: int(value) if value.isascii() and value.isdigit() else value for key, value in told.items()}
+    return replace(made(seed, held_out, from_json(options, values, f"{_BUILTIN}{name}")), source=source)

@@ -314,4 +314,4 @@ def _require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder
 
 
 def _stem(data: str | Path) -> str:
-    return str(data).removeprefix("builtin:") if str(data).startswith("builtin:") else Path(data).resolve().stem
+    return str(data).split(":")[1] if str(data).startswith("builtin:") else Path(data).resolve().stem
