@@ -124,21 +124,27 @@ def accuracy(
         for _, batch, refused in batches:
             counts.refused.extend(refused)
             if batch is not None:
-                logits, most = _logits(network, batch, device, most)
+                logits, most = computed(network, batch, device, most)
                 counts.add(logits, batch.targets, batch.index)
             heed()
     network.train(training)
     return counts
 
 
-def _logits(network: nn.Module, batch: Batch, device: torch.device, most: int) -> tuple[Float[Tensor, "b k"], int]:
-    """The logits of a batch, and how many images at a time memory sufficed for, where it did not for `most`."""
+def computed(
+    compute: Callable[..., Tensor], batch: Batch, device: torch.device, most: int
+) -> tuple[Float[Tensor, "b k"], int]:
+    """What `compute` makes of the pixels and sizes of a batch, and how many images at a time memory sufficed for.
+
+    It is tried with `most` first, and then with half of them, again and again. Raises WorkError where memory does not
+    even suffice for one image.
+    """
     count = len(batch.index)
     while True:
         size = min(most, count)
         try:
             parts = [batch.part(begin, begin + size) for begin in range(0, count, size)]
-            return torch.cat([network(part.pixels.to(device), part.sizes) for part in parts]), most
+            return torch.cat([compute(part.pixels.to(device), part.sizes) for part in parts]), most
         except (RuntimeError, MemoryError) as fault:
             if not out_of_memory(fault):
                 raise
