@@ -109,7 +109,7 @@ def test_trains_by_command(tmp_path):
 
 
 def test_settings_are_read_strictly():
-    assert "Did you mean classes?" in refusal("check", "builtin:fractals:clases=3")
+    assert "Did you mean classes?" in refusal("check", "builtin:fractals:klasses=3")
     assert "classes must be at least 2" in refusal("check", "builtin:fractals:classes=1")
     assert "size must lie in" in refusal("check", "builtin:fractals:size=4")
     assert "expected int" in refusal("check", "builtin:fractals:size=large")

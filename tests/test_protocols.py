@@ -232,6 +232,7 @@ def test_a_damaged_or_full_cache_is_no_fault(tmp_path):
 )
 def test_protocols_by_command(model, tmp_path, monkeypatch, protocol, metric):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SIGHTLINE_CACHE_BYTES", "1e6")
     monkeypatch.setattr(linear_probe, "UPDATES", 200)
     said = cli("evaluate", model, "builtin:digits", "--protocol", protocol, "--json")
     assert said.status == 0, said.err
@@ -248,6 +249,7 @@ def test_protocols_by_command(model, tmp_path, monkeypatch, protocol, metric):
 
 def test_other_classes_and_unreadable_images(model, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SIGHTLINE_CACHE_BYTES", "1e6")
     for place, label in (("train", "x"), ("train", "y"), ("val", "x"), ("val", "y")):
         for number, image in enumerate(sorted(photos.glob(f"{'01'[label == 'y']}/*"))[:4]):
             file = tmp_path / "data" / place / label / f"{number}.png"

@@ -84,8 +84,8 @@ def few_shot(train: Labelled, test: Labelled, classes: int, shots: Sequence[int]
         for choice in range(seed, seed + SEEDS):
             chosen = choose(train.labels, classes, count, choice)
             standard, weights = solve(train.vectors[chosen], train.labels[chosen], classes, (L2, *SWEEP))
-            answers = (standard(test.vectors) @ weights).argmax(dim=2)
-            found.append([test.share(int(right)) for right in (answers == wanted).sum(dim=1)])
+            x = standard(test.vectors)
+            found.append([test.share(int(((x @ one).argmax(dim=1) == wanted).sum())) for one in weights])
         each, *sweep = zip(*found, strict=True)
         mean, interval = of_seeds(each)
         rows.append(
