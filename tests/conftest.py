@@ -7,6 +7,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a defect; the loopback hub lifts this by itself
+os.environ["SIGHTLINE_CACHE_BYTES"] = "0"  # the user's cache is left alone
 settings.register_profile("change", deadline=None, max_examples=100)  # no deadline: a machine under load is no failure
 settings.register_profile("nightly", deadline=None, max_examples=10_000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "change"))

@@ -134,7 +134,7 @@ def load(
     vocabulary: str | Path | None = None,
     **overrides: Any,
 ) -> Model:
-    """A model from disk or, where `source` begins with `hf:`, from a hub.
+    """A model from disk, from a hub where `source` begins with `hf:`, or one that ships, such as `builtin:tiny`.
 
     `source` is a model directory of this project, a transformers or timm directory, or a bare `.safetensors`, `.pth`,
     `.bin` or Google `.npz` file; `architecture` names the model where a file cannot tell. `image_size` resamples the

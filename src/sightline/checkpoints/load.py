@@ -17,6 +17,7 @@ from sightline.checkpoints.nearest import lacking
 from sightline.checkpoints.rules import load
 from sightline.checkpoints.scheme import Bundle, Coverage, Reading, Request, Scheme, Stored, adjusted, numbered
 from sightline.checkpoints.sealed import SEAL
+from sightline.checkpoints.shipped import PREFIX, shipped_folder
 from sightline.errors import UserError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, Network
@@ -54,10 +55,11 @@ def load_bundle(
     """A network with its weights, in evaluation mode and float32, and what came beside them.
 
     `source` is a model directory of ours, of transformers or of timm, a file (`.safetensors`, `.npz`, `.pth`, `.bin`),
-    or `hf:org/name[@revision]`. `architecture` names a registered model where a bare file cannot tell. `image_size`
-    (pixels, one number or (height, width)) resamples the positions by the method of the source; `source_size` says
-    which image size a bare file was made for where its table could be of several grids. Another `num_classes` replaces
-    the classifier with zeros (0 leaves it out). Further settings go by their names (`drop_path_rate`, `norm_eps`, …).
+    `hf:org/name[@revision]`, or `builtin:NAME` for weights that come with Sightline. `architecture` names a registered
+    model where a bare file cannot tell. `image_size` (pixels, one number or (height, width)) resamples the positions by
+    the method of the source; `source_size` says which image size a bare file was made for where its table could be of
+    several grids. Another `num_classes` replaces the classifier with zeros (0 leaves it out). Further settings go by
+    their names (`drop_path_rate`, `norm_eps`, …).
     Raises UserError, naming file and tensor, for whatever does not fit exactly.
     """
     if "img_size" in overrides:
@@ -88,6 +90,8 @@ def open_source(source: str | Path) -> Stored:
     """The tensors and JSON files of a source, not yet interpreted. Raises UserError where they cannot be read."""
     if isinstance(source, str) and source.startswith(hub.PREFIX):
         return _open_directory(hub.fetch(source), source)
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return _open_directory(shipped_folder(source), source)
     path = Path(source).expanduser()
     if not path.exists():
         hint = f"; the hub's models are named hf:{source}" if len(path.parts) == 2 and not path.is_absolute() else ""

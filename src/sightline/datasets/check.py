@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64, Int64
 from sightline.datasets.duplicates import DETAIL, candidates, confirmed, same
 from sightline.datasets.examine import MODES, SUFFIXES, Looks, each, fine, look, look_at_header
 from sightline.datasets.findings import SEVERITIES, Finding, ordered
-from sightline.datasets.image_set import ImageSet, Names, Samples
+from sightline.datasets.image_set import ImageSet, Names, Samples, joined
 from sightline.datasets.inventory import WHOLE, Inventory, take_stock
 from sightline.datasets.naming import some
 from sightline.images.decode import FORMATS
@@ -135,14 +135,13 @@ class Pile:
     def __init__(self, stock: Inventory):
         parts = list(stock.parts.items())
         every = [images.samples for _, images in parts]
-        arrays = [array for samples in every for array in samples.arrays or ()]
         root, stored = (every[0].root, every[0].stored) if every else (Path(), None)
         assert all(samples.root == root and samples.stored is stored for samples in every)
         self.samples = Samples(
             Names(name for samples in every for name in samples.names),
             np.concatenate([np.empty(0, dtype=np.int64), *(samples.targets for samples in every)]),
             root,
-            arrays or None,
+            joined([samples.arrays for samples in every]),
             stored,
         )
         self.names = [name for name, _ in parts]

@@ -5,7 +5,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,37 @@ class Names(Sequence[str]):
 
 
 @dataclass(frozen=True, eq=False)
+class Drawn(Sequence[UInt8[np.ndarray, "_ _ 3"]]):
+    """Pixels that are drawn whenever they are asked for: `draw` makes those of each of `numbers`.
+
+    `formula` stands for what is drawn: an equal formula draws equal pixels of an equal number.
+    """
+
+    draw: Callable[[int], UInt8[np.ndarray, "_ _ 3"]]
+    numbers: Int64[np.ndarray, " n"]
+    formula: str
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> UInt8[np.ndarray, "_ _ 3"]:  # ty: ignore[incompatible-method-override]  (no slices)
+        return self.draw(int(self.numbers[i]))
+
+
+Arrays = Sequence[UInt8[np.ndarray, "_ _ 3"]]
+
+
+def joined(parts: Sequence[Arrays | None]) -> Arrays | None:
+    """The pixels of several sets of samples, which are all drawn by one formula, or none is; None without any."""
+    drawn = [part for part in parts if isinstance(part, Drawn)]
+    if drawn:
+        assert len(drawn) == len(parts)
+        assert len({part.formula for part in drawn}) == 1
+        return replace(drawn[0], numbers=np.concatenate([part.numbers for part in drawn]))
+    return [array for part in parts for array in part or ()] or None
+
+
+@dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
     """Samples kept as columns: names, class indices, and the folder or archive of the files, or their pixels.
 
@@ -71,7 +102,7 @@ class Samples(Sequence[Sample]):
     names: Sequence[str]
     targets: Int64[np.ndarray, " n"]
     root: Path = Path()
-    arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]] | None = None
+    arrays: Arrays | None = None
     stored: Mapping[str, Stored] | None = None
     marks: Sequence[Marks] | None = None
 
@@ -93,8 +124,11 @@ class Samples(Sequence[Sample]):
     def content(self, i: int, name: str) -> bytes:
         """Of sample i, called `name`: its file's size in bytes (-1 where it is gone), size and CRC-32, or a digest.
 
-        Of a member of an archive the CRC-32 is known, and of pixels the digest is computed.
+        Of a member of an archive the CRC-32 is known, of pixels the digest is computed, and for pixels that are drawn
+        stands their formula.
         """
+        if isinstance(self.arrays, Drawn):
+            return f"{self.arrays.formula} {self.arrays.numbers[i]}".encode()
         if self.arrays is not None:
             return f"{self.arrays[i].shape} {hashlib.sha256(self.arrays[i].tobytes()).hexdigest()}".encode()
         if self.stored is not None:
@@ -107,7 +141,10 @@ class Samples(Sequence[Sample]):
     def select(self, rows: Int64[np.ndarray, " m"]) -> "Samples":
         """These rows alone, in the order given."""
         chosen = rows.tolist()
-        arrays = None if self.arrays is None else [self.arrays[i] for i in chosen]
+        if isinstance(self.arrays, Drawn):
+            arrays: Arrays | None = replace(self.arrays, numbers=self.arrays.numbers[rows])
+        else:
+            arrays = None if self.arrays is None else [self.arrays[i] for i in chosen]
         marks = None if self.marks is None else [self.marks[i] for i in chosen]
         names = Names(self.names[i] for i in chosen)
         return Samples(names, self.targets[rows], self.root, arrays, self.stored, marks)
@@ -147,7 +184,7 @@ class ImageSet:
         mine, theirs = self.samples, other.samples
         assert mine.root == theirs.root
         assert mine.stored is theirs.stored
-        arrays = None if mine.arrays is None or theirs.arrays is None else [*mine.arrays, *theirs.arrays]
+        arrays = None if mine.arrays is None or theirs.arrays is None else joined([mine.arrays, theirs.arrays])
         names = Names([*mine.names, *theirs.names])
         targets = np.concatenate([mine.targets, theirs.targets])
         marks = None if mine.marks is None or theirs.marks is None else [*mine.marks, *theirs.marks]

@@ -99,7 +99,9 @@ def _marked(stock: Inventory, path: Path, listed: Callable[[Path], Iterable[Any]
 
 def _task(source: str) -> str:
     """What a built-in set is opened for; any other has classes of images here."""
-    return next(iter(table("datasets", "BUILTIN").get(source.removeprefix("builtin:"), ("classify",))))
+    return next(
+        iter(table("datasets", "BUILTIN").get(source.removeprefix("builtin:").partition(":")[0], ("classify",)))
+    )
 
 
 class _Open(Folder):

@@ -1,6 +1,7 @@
 """Whatever the user calls a dataset, as training and validation images."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from sightline.datasets.archive import SUFFIXES, read_archive
@@ -8,7 +9,8 @@ from sightline.datasets.folder import read_splits
 from sightline.datasets.split import Splits
 from sightline.datasets.table import read_table
 from sightline.errors import UserError, printable
-from sightline.registry import find
+from sightline.registry import find, table
+from sightline.schema import from_json, require
 
 _BUILTIN = "builtin:"
 
@@ -17,19 +19,13 @@ def open_dataset(source: str | Path, *, task: str = "classify", seed: int = 0, h
     """Opens what a task learns from, or `builtin:NAME`; nothing is written.
 
     Each task has its reader in the `READERS` tables of this room: from (path, seed, held_out) to `Splits`. The built-in
-    sets are the `BUILTIN` tables: for each name and task, from (seed, held_out) to `Splits`. Where the data has no
-    validation part of its own, `held_out` (0 to 1) is set apart by `seed`. Raises UserError for what is not there,
-    cannot be read, or would be wrong to train on.
+    sets are the `BUILTIN` tables: for each name and task, from (seed, held_out) to `Splits`; settings of theirs, where
+    `OPTIONS` has a dataclass of the same name, are part of the source, as in `builtin:NAME:classes=10,size=32`. Where
+    the data has no validation part of its own, `held_out` (0 to 1) is set apart by `seed`. Raises UserError for what is
+    not there, cannot be read, or would be wrong to train on.
     """
     if str(source).startswith(_BUILTIN):
-        name = str(source).removeprefix(_BUILTIN)
-        offered = find("datasets", "BUILTIN", name, "built-in dataset")
-        if task not in offered:
-            fitting = " or ".join(f"--task {name}" for name in offered)
-            raise UserError(
-                f"{printable(source)} has nothing that '{printable(task)}' could learn from; it has {fitting}"
-            )
-        return offered[task](seed, held_out)
+        return _built_in(str(source), task, seed, held_out)
     return find("datasets", "READERS", task, "task with a format on disk")(Path(source), seed, held_out)
 
 
@@ -47,3 +43,18 @@ def open_classes(path: Path, seed: int, held_out: float) -> Splits:
 
 
 READERS = {"classify": open_classes}
+
+
+def _built_in(source: str, task: str, seed: int, held_out: float) -> Splits:
+    name, _, words = source.removeprefix(_BUILTIN).partition(":")
+    offered = find("datasets", "BUILTIN", name, "built-in dataset")
+    if task not in offered:
+        fitting = " or ".join(f"--task {name}" for name in offered)
+        raise UserError(f"{printable(source)} has nothing that '{printable(task)}' could learn from; it has {fitting}")
+    options = table("datasets", "OPTIONS").get(name)
+    if options is None:
+        require(not words, f"{_BUILTIN}{printable(name)} has no settings, and '{printable(words)}' was given")
+        return offered[task](seed, held_out)
+    told = dict(word.partition("=")[::2] for word in words.split(",") if word)
+    values = {key: int(value) if value.isascii() and value.isdigit() else value for key, value in told.items()}
+    return replace(offered[task](seed, held_out, from_json(options, values, f"{_BUILTIN}{name}")), source=source)

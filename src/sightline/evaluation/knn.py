@@ -1,6 +1,6 @@
 """How well images are known by their nearest neighbours: the cheapest judge of features."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sightline.evaluation.protocol import Judged, Labelled, wilson
 from sightline.schema import require
 
 BLOCK = 1024
@@ -65,3 +66,14 @@ def neighbour_votes(
         votes = torch.zeros(len(alike), classes, dtype=torch.float64, device=alike.device)
         votes.scatter_add_(1, labels[near].long(), ((cosine - 1).double() / temperature).exp())
         yield start, votes
+
+
+def knn(train: Labelled, test: Labelled, classes: int, shots: Sequence[int], seed: int) -> Judged:
+    """DINO's protocol on a training part and a part to judge by; `shots` and `seed` change nothing."""
+    right = knn_accuracy(train.vectors, train.labels, test.vectors, test.labels) * len(test.labels)
+    share = test.share(right)
+    interval = wilson(share, len(test.labels) + test.refused)
+    return Judged({"knn_top1": share}, {"knn_top1": interval}, {"k": 20, "temperature": 0.07})
+
+
+PROTOCOLS = {"knn": knn}

@@ -85,7 +85,7 @@ def weigh(
         for _, batch, refused in batches:
             measure.refused.extend(refused)
             if batch is not None:
-                outputs, most = _outputs(network, batch, device, most)
+                outputs, most = computed(network, batch, device, most)
                 for part, output in outputs:
                     measure.take(output, part)
             heed()
@@ -93,14 +93,20 @@ def weigh(
     return measure
 
 
-def _outputs(network: nn.Module, batch: Batch, device: torch.device, most: int) -> tuple[list[tuple[Batch, Any]], int]:
-    """Parts of a batch with their outputs, and how many images at a time memory sufficed for, if not for `most`."""
+def computed(
+    compute: Callable[..., Any], batch: Batch, device: torch.device, most: int
+) -> tuple[list[tuple[Batch, Any]], int]:
+    """Parts of a batch with what `compute` makes of their pixels and sizes, and how many images at a time memory bore.
+
+    It is tried with `most` first, and then with half of them, again and again. Raises WorkError where memory does not
+    even suffice for one image.
+    """
     count = len(batch.index)
     while True:
         size = min(most, count)
         try:
             parts = [batch.part(begin, begin + size) for begin in range(0, count, size)]
-            return [(part, network(part.pixels.to(device), sizes=part.sizes)) for part in parts], most
+            return [(part, compute(part.pixels.to(device), sizes=part.sizes)) for part in parts], most
         except (RuntimeError, MemoryError) as fault:
             if not out_of_memory(fault):
                 raise

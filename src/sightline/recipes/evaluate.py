@@ -1,19 +1,26 @@
-"""A model weighed on labelled images."""
+"""A model weighed on labelled images, by its answers or by its features."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sightline.checkpoints.files import read_json
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
+from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
+from sightline.evaluation.cache import Cache
+from sightline.evaluation.features import Embedding
 from sightline.evaluation.measure import weigh
+from sightline.evaluation.protocol import Interval, Labelled, Protocol
 from sightline.model import load
 from sightline.recipes.task import task_of
+from sightline.registry import find
 from sightline.schema import require
 
 
@@ -21,8 +28,9 @@ from sightline.schema import require
 class Evaluated:
     """What an evaluation found. Refused images stand in the denominator of every metric.
 
-    `details` are what the task tells beside its metrics, `headline` and `lines` the same for people. `report` is the
-    page about the model's own training, where there is one.
+    `details` are what the task or the protocol tells beside the metrics, `headline` and `lines` the same for people.
+    `report` is the page about the model's own training, where there is one. `intervals` are the 95 % intervals of the
+    metrics of a protocol of frozen features.
     """
 
     model: str
@@ -36,13 +44,17 @@ class Evaluated:
     refused: Sequence[tuple[str, str]]
     notes: Sequence[str]
     report: str | None
+    protocol: str = "accuracy"
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `evaluate --json`."""
         return {
             "model": self.model,
             "task": self.task,
+            "protocol": self.protocol,
             "metrics": dict(self.metrics),
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
             "counts": dict(self.counts),
             "seconds": dict(self.seconds),
             "report": self.report,
@@ -55,7 +67,10 @@ def evaluate(
     source: str | Path,
     data: str | Path,
     *,
+    protocol: str = "accuracy",
+    shots: int | None = None,
     seed: int | None = None,
+    cache: bool = True,
     batch_size: int = 64,
     workers: int = 1,
     device: str = "auto",
@@ -67,8 +82,12 @@ def evaluate(
     """Measures a model on the validation part of `data`, or on all of it where it has none.
 
     Data that the model was trained on, and the built-in sets, are held out as in its training: by its seed, or by
-    `seed`. The classes of the data must be those of the model, by name; their order on disk does not matter. Raises
-    UserError otherwise. A model that reads texts is asked for any classes, by name, in the sentences of `prompts`.
+    `seed`. With the `protocol` "accuracy" the classes of the data must be those of the model, by name; their order on
+    disk does not matter. A model that reads texts is asked for any classes, by name, in the sentences of `prompts`. Any
+    other protocol is a row of the `PROTOCOLS` of `sightline.evaluation` (knn, linear, few-shot): it learns the classes
+    of the data from the features that the frozen model has of the training part, and is judged on the validation part.
+    `shots` are examples of each class, `seed` draws them too, and features are kept in the user's cache unless `cache`
+    is False. Raises UserError for what does not fit.
     """
     require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
     require(workers >= 0, f"workers must not be negative, and is {workers}")
@@ -76,8 +95,22 @@ def evaluate(
     where = pick_device(device)
     folder = Path(source)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    drawn = int(record.get("seed", 0)) if seed is None else seed
+    if protocol != "accuracy":
+        embedding = Embedding(
+            model.network,
+            model.preprocess,
+            where,
+            pick_precision(precision, where),
+            batch_size=batch_size,
+            workers=workers,
+            cache=Cache() if cache else None,
+        )
+        splits = open_dataset(data, seed=drawn)
+        return _of_features(protocol, embedding, splits, () if shots is None else (shots,), seed or 0, str(source))
+    require(shots is None, "shots are for the protocol few-shot")
     task = task_of(model.task).for_model(model, prompts)
-    splits = task.open(data, int(record.get("seed", 0)) if seed is None else seed)
+    splits = task.open(data, drawn)
     chosen, notes = _part(splits, record, seed)
     images = task.aligned(model.labels, chosen, str(data))
     loader = OrderedLoader(
@@ -106,6 +139,45 @@ def evaluate(
         counts.refused,
         notes,
         str(folder / "report.html") if (folder / "report.html").is_file() else None,
+    )
+
+
+def _of_features(
+    name: str, embedding: Embedding, splits: Splits, shots: tuple[int, ...], seed: int, source: str
+) -> Evaluated:
+    """What a protocol finds in the features of both parts of a set."""
+    judge: Protocol = find("evaluation", "PROTOCOLS", name, "protocol")
+    require(not shots or name == "few-shot", "shots are for the protocol few-shot")
+    began = time.monotonic()
+    parts, refused, cached = [], [], []
+    for images in (splits.train, splits.val):
+        found = embedding(images)
+        names = images.samples.names
+        refused.append([(names[row], reason) for row, reason in found.refused.items()])
+        parts.append(Labelled(found.vectors, torch.from_numpy(images.targets[found.rows]), len(found.refused)))
+        cached.append(found.cached)
+        require(len(found.rows) > 0, f"none of the images of {splits.source} can be read")
+    embedded = time.monotonic()
+    judged = judge(*parts, len(splits.train.classes), shots, seed)
+    train, val = parts
+    notes = [f"learned from {len(train.labels):,} images, judged on {len(val.labels) + val.refused:,}", *splits.notes]
+    notes += ["the features were in the cache (--no-cache computes them anew)"] if all(cached) else []
+    if refused[0]:
+        notes.append(f"{len(refused[0]):,} images of the training part could not be read and were left out")
+    return Evaluated(
+        source,
+        embedding.network.architecture.task,
+        judged.metrics,
+        {"evaluated": len(val.labels), "refused": val.refused, "train": len(train.labels)},
+        {"features": round(embedded - began, 2), "protocol": round(time.monotonic() - embedded, 2)},
+        {"details": {**judged.details, "cached": all(cached)}},
+        "",
+        [],
+        [*refused[1], *refused[0]],
+        notes,
+        None,
+        name,
+        judged.intervals,
     )
 
 

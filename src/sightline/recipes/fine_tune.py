@@ -5,6 +5,7 @@ from dataclasses import replace
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture
+from sightline.recipes.from_scratch import teaching
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
@@ -71,4 +72,22 @@ def fine_tune_as_published(facts: Facts, architecture: Architecture, preprocess:
     )
 
 
-RECIPES = {"fine-tune": fine_tune, "fine-tune-as-published": fine_tune_as_published}
+def fine_tune_small(facts: Facts, architecture: Architecture, preprocess: Preprocess) -> Recipe:
+    """A small network that has learned before, taught further as it was taught from random weights, at half the rate.
+
+    What small networks bear on small images: Muon, slight turns and shifts, no crops (`from_scratch`).
+    """
+    like = teaching(facts, architecture, ["the weights have learned before, so that the rate is half of theirs"], None)
+    return replace(
+        like,
+        name="fine-tune-small",
+        preprocess=replace(preprocess, resize=like.preprocess.resize),
+        settings=replace(like.settings, lr=like.settings.lr / 2),
+    )
+
+
+RECIPES = {
+    "fine-tune": fine_tune,
+    "fine-tune-small": fine_tune_small,
+    "fine-tune-as-published": fine_tune_as_published,
+}

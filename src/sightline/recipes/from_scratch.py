@@ -49,8 +49,8 @@ def from_scratch(
     """
     if model is not None:
         asked = describe(model, facts.classes, **overrides)
-        return _recipe(facts, asked, [f"{model} was asked for"], minutes)
-    small, medium, large = (_recipe(facts, *_fitting(facts, name, overrides), minutes) for name in SIZES)
+        return teaching(facts, asked, [f"{model} was asked for"], minutes)
+    small, medium, large = (teaching(facts, *_fitting(facts, name, overrides), minutes) for name in SIZES)
     if minutes is None or pace is None:
         return medium if facts.images < 5_000 else large
     chosen = small
@@ -62,7 +62,8 @@ def from_scratch(
     return chosen
 
 
-def _recipe(facts: Facts, architecture: Architecture, why: list[str], minutes: float | None) -> Recipe:
+def teaching(facts: Facts, architecture: Architecture, why: list[str], minutes: float | None) -> Recipe:
+    """How a small network is taught, for so many minutes or as long as it needs; `why` it is this one."""
     plain = (
         getattr(architecture.backbone, "tokenizer", None) == "patch"
     )  # for which AdamW is what was found to do (docs/log.md)

@@ -169,4 +169,4 @@ def require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder)
 
 def stem(data: str | Path) -> str:
     """What a run on this data is called where nobody says."""
-    return str(data).removeprefix("builtin:") if str(data).startswith("builtin:") else Path(data).resolve().stem
+    return str(data).split(":")[1] if str(data).startswith("builtin:") else Path(data).resolve().stem

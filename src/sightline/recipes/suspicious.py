@@ -1,6 +1,7 @@
 """Labels of a dataset that the features of a trained model contradict."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from sightline.datasets.check import Checked, Progress
 from sightline.datasets.findings import Finding
+from sightline.datasets.image_set import ImageSet
+from sightline.device import pick_device, pick_precision
+from sightline.evaluation.cache import Cache
+from sightline.evaluation.features import Embedding
 from sightline.evaluation.suspects import suspects
 from sightline.model import Model, load
-
-SHARE = 512
-"""Images that are embedded between two words about progress."""
 
 
 def suspicious(checked: Checked, source: str, device: str, progress: Progress) -> list[Finding]:
@@ -23,13 +25,13 @@ def suspicious(checked: Checked, source: str, device: str, progress: Progress) -
     rows = np.flatnonzero(checked.readable & (pile.samples.targets >= 0))
     if not len(rows):
         return []
-    predictor = model.predictor(device=device)
-    features = []
-    for start in range(0, len(rows), SHARE):
-        images = [pile.samples[row].image for row in rows[start : start + SHARE].tolist()]
-        features.append(predictor.embed(images))
-        progress("embedding", start + len(images), len(rows))
-    vectors = torch.cat(features)
+    where = pick_device(device)
+    embedding = Embedding(model.network, model.preprocess, where, pick_precision("auto", where), cache=Cache())
+    images = ImageSet((), replace(pile.samples.select(rows), targets=np.full(len(rows), -1)))
+    found = embedding(images, lambda done: progress("embedding", done, len(rows)))
+    vectors, rows = found.vectors, rows[found.rows]
+    if not len(rows):
+        return []
     answers = _answers(model, vectors, pile.labels)
     return [
         Finding(
