@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,11 @@ class Layer(NamedTuple):
         weights = self.call.weights()
         for head in range(self.heads):
             own = weights[:, head : head + 1]
-            yield own if self.plain else self.backbone.whole(self.call.name, own, self.size)[0]
+            yield own if self.plain else self.laid(own)
+
+    def laid(self, maps: Float[Tensor, "b h q m"], *, shares: bool = True) -> Float[Tensor, "1 h n n"]:
+        """Maps of the call laid out over all tokens of the layer (`Backbone.whole`)."""
+        return self.backbone.whole(self.call.name, maps, self.size, shares=shares)[0]
 
 
 def laid_out(backbone: Backbone, call: Call, size: Grid) -> Layer:
@@ -94,29 +99,32 @@ def laid_out(backbone: Backbone, call: Call, size: Grid) -> Layer:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Generator[None]:
-    """Evaluation mode without gradients; afterwards the network is as it was, module by module."""
+def evaluating(network: nn.Module, *, gradients: bool = False) -> Generator[None]:
+    """Evaluation mode, without gradients unless asked for; afterwards the network is as it was, module by module."""
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.enable_grad() if gradients else torch.inference_mode():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Tokens, list[Call]]:
-    """What a backbone makes of the pixels, and every call of an `Attention` on the way, in order.
+@contextmanager
+def recording(backbone: nn.Module) -> Generator[list[Call]]:
+    """While it is open, every call of an `Attention` of the backbone in this thread is appended to the list, in order.
 
     Only the inputs of the layers are kept, which grow linearly with the number of tokens; the maps, which grow with
     its square, are computed when `Call.weights` is asked for one. A backbone without attention has no calls.
     """
     calls: list[Call] = []
+    mine = get_ident()  # a server may answer others by the same network
 
     def note(name: str) -> Callable[..., None]:
         def hook(attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(name, attention, args, kwargs))
+            if get_ident() == mine:
+                calls.append(Call(name, attention, args, kwargs))
 
         return hook
 
@@ -124,6 +132,12 @@ def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Token
         for name, module in backbone.named_modules():
             if isinstance(module, Attention):
                 hooks.enter_context(module.register_forward_pre_hook(note(name), with_kwargs=True))
+        yield calls
+
+
+def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Tokens, list[Call]]:
+    """What a backbone makes of the pixels, and every call of an `Attention` on the way (`recording`)."""
+    with recording(backbone) as calls:
         tokens = backbone(pixels)
     return tokens, calls
 

@@ -42,24 +42,32 @@ def colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"
 
 
 def spread(
-    cells: Float[np.ndarray, "rows columns"], height: int, width: int, view: View
+    cells: Float[np.ndarray, "rows columns"], height: int, width: int, view: View, *, blocks: bool = False
 ) -> tuple[Float[np.ndarray, "height width"], Bool[np.ndarray, "height width"]]:
     """A map on the grid brought to the pixels of the image, and which of these the model saw.
 
-    Bilinear between the centres of the patches, constant beyond the outermost.
+    Bilinear between the centres of the patches, constant beyond the outermost; or, in `blocks`, the value of the
+    nearest centre.
     """
     (left, top, right, bottom), inputs, strides, origin = view
-    down = _axis(height, (top, bottom), inputs[0], strides[0], origin[0], cells.shape[0])
-    across = _axis(width, (left, right), inputs[1], strides[1], origin[1], cells.shape[1])
+    down = _axis(height, (top, bottom), inputs[0], strides[0], origin[0], cells.shape[0], blocks)
+    across = _axis(width, (left, right), inputs[1], strides[1], origin[1], cells.shape[1], blocks)
     return down[0] @ cells.astype(np.float32) @ across[0].T, down[1][:, None] & across[1][None, :]
 
 
 def _axis(
-    length: int, span: tuple[int | float, int | float], size: int, stride: int | float, origin: int | float, cells: int
+    length: int,
+    span: tuple[int | float, int | float],
+    size: int,
+    stride: int | float,
+    origin: int | float,
+    cells: int,
+    blocks: bool,
 ) -> tuple[Float[np.ndarray, "length cells"], Bool[np.ndarray, " length"]]:
     """The share of each cell in each pixel along one axis, and whether the pixel was seen."""
     at = (np.arange(length) + 0.5 - span[0]) * size / (span[1] - span[0])  # in pixels of the model's input
     nearest = np.clip((at - origin) / stride - 0.5, 0, cells - 1)
+    nearest = np.rint(nearest) if blocks else nearest
     shares = np.maximum(1 - np.abs(nearest[:, None] - np.arange(cells)), 0)
     return shares.astype(np.float32), (at >= 0) & (at < min(size, cells * stride + 2 * origin))
 
