@@ -84,7 +84,8 @@ def explain(
         traced = trace(found, steps, asked, seats, chosen, fusion, residual)
         activation = class_activation(head, tokens, target)
         similarity = position_similarity(backbone, grid)
-        shades = principal_colours([patch_features(tokens)])
+        features = patch_features(tokens)
+        shades = principal_colours([features])
         norms = token_norms(entered, tokens)
         return Explanation(
             rollout=_patches(traced.skipping, found[0].seats) if found else None,
@@ -110,6 +111,7 @@ def explain(
             prefix_names=names,
             fusion=fusion,
             residual=residual,
+            features=features,
             colours=shades.pictures[0],
             colours_variance=shades.variance,
             norms=norms.patches,

@@ -83,6 +83,12 @@ def overlay(
     return (image * shade * (1 - share) + colours(heat) * share).round().astype(np.uint8)
 
 
+def veil(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with what lies outside a mask dimmed and without colour."""
+    grey = np.broadcast_to(image.mean(axis=-1, keepdims=True) * _DIMMED, image.shape)
+    return np.where(mask[..., None], image, grey).round().astype(np.uint8)
+
+
 def fitted(
     image: UInt8[np.ndarray, "h w 3"], box: Box, least: int, most: int
 ) -> tuple[UInt8[np.ndarray, "height width 3"], Box]:

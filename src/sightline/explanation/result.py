@@ -1,7 +1,9 @@
 """What was found in one image, as arrays and as a picture."""
 
+import base64
 import os
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,9 @@ class Explanation:
     of the patches and a dense layer. `position_similarity` is the cosine between position vectors, and `filters` the
     principal components of the first convolution; None for models without them.
 
-    `colours` shows the first three principal components of the last patches as red, green and blue from 0 to 1, on the
-    last grid, and `colours_variance` their shares of the variance. `norms` are the Euclidean norms of the last patches
+    `features` are the last patches as the head reads them, on the last grid. `colours` shows their first three
+    principal components as red, green and blue from 0 to 1, and `colours_variance` has these components' shares of the
+    variance. `norms` are the Euclidean norms of the last patches
     before the final norm, `prefix_norms` those of the prefix tokens. `image` is the upright image, at most `SHOWN`
     pixels long, and `box` the part of it that the model saw; None where only pixels were given.
     """
@@ -79,6 +82,7 @@ class Explanation:
     prefix_names: tuple[str, ...]
     fusion: Fusion
     residual: float
+    features: Float[np.ndarray, "_ _ d"]
     colours: Float[np.ndarray, "_ _ 3"]
     colours_variance: Float[np.ndarray, " 3"]
     norms: Float[np.ndarray, "_ _"]
@@ -176,6 +180,7 @@ class Explanation:
             "attention": self.attention,
             "relevance": self.relevance,
             "activation": self.activation,
+            "features": self.features,
             "colours": self.colours,
             "colours_variance": self.colours_variance,
             "norms": self.norms,
@@ -245,5 +250,15 @@ class Explanation:
         return Image.fromarray(cells.repeat(scale, axis=0).repeat(scale, axis=1))
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows."""
+        """What a notebook shows where it shows no HTML: `picture`."""
         return None if self.picture is None else png(self.picture)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: `picture`, and in words what it is."""
+        kind = "Attention rollout" if self.rollout is not None else "Class activation"
+        asked = f", asked by the {escape(self.query)}" if self.rollout is not None else ""
+        layers = f"{len(self.grids)} layers of attention, " if self.grids else ""
+        words = f"{kind}{asked}. {layers}a grid of {self.grid[0]}×{self.grid[1]}, {self.size[0]}×{self.size[1]} pixels."
+        data = base64.b64encode(self._repr_png_() or b"").decode()
+        image = f'<img src="data:image/png;base64,{data}" alt="{kind}" style="max-width:24em">' if data else ""
+        return f"<figure style='margin:0'>{image}<figcaption>{words}</figcaption></figure>"
