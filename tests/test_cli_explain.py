@@ -16,8 +16,9 @@ from sightline.cli.explain import METHODS
 from sightline.errors import UserError
 from sightline.explanation import page
 from sightline.images.preprocess import Preprocess
+from sightline.network import create_model
 from sightline.types import Prediction, Score
-from test_networks import small
+from test_networks import KINDS, small
 
 CLASSES = ["ant", "bee", "<i>", "dog", "eel"]
 
@@ -191,7 +192,8 @@ class TestNotebookFace:
         view = explain(small("vit"), pixels)
         assert view.image is None
         assert view.picture.width / view.picture.height == view.grid[1] / view.grid[0]
-        nothing = explain(small("resnet", num_classes=0), pixels)
+        name, overrides = KINDS["resnet"]
+        nothing = explain(create_model(name, **overrides | {"num_classes": 0}), pixels)
         assert nothing.picture is None
         assert nothing._repr_png_() is None
         assert "img" not in nothing._repr_html_()

@@ -53,14 +53,14 @@ def test_gradients_and_relevance_are_those_of_explicit_maps(kind, monkeypatch):
     if len({pull.layer.seats for pull in found}) > 1 or not found[0].layer.plain:
         return  # laid out by families; what is laid out is tested above, and how below
     n = kept[0].shape[-1]
-    whole = torch.eye(n)
+    whole = torch.eye(n, dtype=torch.float64)
     for maps in kept:  # arXiv 2103.15679, equations 5 and 6
-        whole = whole + (maps.grad * maps.detach()).relu().mean(dim=1)[0] @ whole
+        whole = whole + (maps.grad * maps.detach()).double().relu().mean(dim=1)[0] @ whole
     final = network.backbone(pixels)
     seats, names = Seats(final.prefix, final.grid), token_names(network.backbone, final.prefix)
     for query in ("mean of patches", *names):
         row = query_row(seats, query, names)
-        expected = row @ whole - row
+        expected = (row.double() @ whole - row).float()
         ours = relevance(found, row, seats)
         torch.testing.assert_close(ours, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-3)
 
@@ -78,7 +78,7 @@ def test_numbers_that_are_no_shares_are_laid_out_as_they_are(kind):
             scaled = plain / plain.sum(-1, keepdim=True).clamp_min(1e-20)
             torch.testing.assert_close(scaled[asked], shares[asked])
             assert plain.sum() <= maps.sum() * (1 + 1e-5)  # nothing but padding is left out
-            assert plain.sum() >= 0.5 * maps.sum()
+            assert kind == "cait" or asked.all()
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "pit", "cait", "dinov2_registers"])

@@ -74,12 +74,12 @@ def relevance(found: Sequence[Pull], asked: Float[Tensor, "1 1 m"], seats: Seats
     Not negative, and in no unit: only comparisons within one image mean something. What `asked` itself puts on the
     patches (the product of the identities) is left out, so that nothing remains where no attention matters.
     """
-    rows, bare = asked, asked
+    bare, gained = asked, torch.zeros_like(asked)  # apart, for the second may be far smaller than the first
     for pull in reversed(found):
-        rows, bare = (handed_down(row, seats, pull.layer.seats) for row in (rows, bare))
-        rows = rows + rows @ pull.map()
+        bare, gained = (handed_down(rows, seats, pull.layer.seats) for rows in (bare, gained))
+        gained = gained + (bare + gained) @ pull.map()
         seats = pull.layer.seats
-    return (rows - bare).clamp_min(0)
+    return gained
 
 
 def chosen_class(logits: Float[Tensor, " k"], target: int | None) -> int:
