@@ -15,7 +15,7 @@ from sightline.explanation.grids import Seats, lattice, strides
 from sightline.explanation.maps import Layer, evaluating, laid_out, record
 from sightline.explanation.positions import position_similarity
 from sightline.explanation.queries import BOTH, CLASS, MEAN, Query, query_row, settled, token_names
-from sightline.explanation.relevance import pulls, relevance
+from sightline.explanation.relevance import classifies, pulls, relevance
 from sightline.explanation.result import Explanation
 from sightline.explanation.rollout import Fusion, on_grid
 from sightline.explanation.trace import trace
@@ -47,8 +47,9 @@ def explain(
     the tokens that enter the first layer of attention: how a tokenizer mixes pixels before, by convolutions or
     otherwise, is not followed. In pyramids a merged token's share is spread over those it was made of (`handed_down`).
 
-    `gradients` also computes `relevance`, by one pass forward and back. It and the class activation map speak for the
-    class with index `target`, the most probable where that is None.
+    `gradients` also computes `relevance`, by one pass forward and back, where the head tells classes apart
+    (`classifies`). It and the class activation map speak for the class with index `target`, the most probable where
+    that is None.
 
     Beside the kept maps, one layer's maps are held at a time, and of these laid out over all tokens one head's: about 7
     arrays of [tokens, tokens] in float32, 275 MB for the 3136 tokens of Swin at 224×224. Raises UserError for several
@@ -65,7 +66,7 @@ def explain(
     size = (batch.shape[-2], batch.shape[-1])
     backbone: Any = network.backbone
     head: Any = network.head
-    felt, pulled = pulls(network, batch, target) if gradients else (None, [])
+    felt, pulled = pulls(network, batch, target) if gradients and classifies(network) else (None, [])
     with evaluating(network):
         with before_norm(backbone) as entered:
             tokens, calls = record(backbone, batch)
@@ -126,7 +127,7 @@ def _patches(row: Float[Tensor, "1 1 n"], seats: Seats) -> Float[np.ndarray, "ro
 def _query(head: Any, prefix: int) -> Query:
     """What a head reads of the last tokens, of which `prefix` come before the patches."""
     config = getattr(head, "config", None)
-    if not prefix or getattr(config, "global_pool", None) == "avg":
+    if not prefix or getattr(config, "global_pool", "avg") == "avg":
         return MEAN
     return BOTH if getattr(config, "distilled", False) else CLASS
 

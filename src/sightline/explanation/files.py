@@ -16,6 +16,7 @@ from sightline.errors import UserError, printable
 from sightline.explanation.explain import explain
 from sightline.explanation.faithfulness import Faithfulness, judge
 from sightline.explanation.page import METHODS, Page, maps_of
+from sightline.explanation.relevance import classifies
 from sightline.explanation.render import Box, fitted
 from sightline.explanation.result import SHOWN, Explanation
 from sightline.explanation.segmentation import overlap, pixel_mask
@@ -106,8 +107,10 @@ def judge_maps(
 ) -> dict[str, Faithfulness]:
     """The curves of deletion and insertion of each map of an explanation of these pixels, and of random orders.
 
-    Empty for a network that has no map.
+    Empty for a network that has no map, or does not tell classes apart.
     """
+    if not classifies(network):
+        return {}
     height, width = explanation.size
     maps = {
         method: (cells, explanation.view(height, width, grid=(cells.shape[0], cells.shape[1])))

@@ -31,6 +31,13 @@ class Call(NamedTuple):
         query, key = given["query"], given.get("key")
         return query.shape[0], self.attention.heads, query.shape[1], (query if key is None else key).shape[1]
 
+    @property
+    def crosses(self) -> bool:
+        """Whether other tokens than those that ask are attended to: more, fewer, or not the same tensor."""
+        given = dict(zip(("query", "key", "value"), self.args, strict=False)) | self.kwargs
+        key = given.get("key")
+        return key is not None and key is not given["query"]
+
     def weights(self) -> Float[Tensor, "b h n m"]:
         """The map [batch, heads, queries, keys] in float32; every row sums to 1.
 

@@ -45,8 +45,8 @@ class Pull(NamedTuple):
 def pulls(network: nn.Module, pixels: Float[Tensor, "1 c h w"], target: int | None = None) -> tuple[int, list[Pull]]:
     """The class, the most probable where `target` is None, and how it pulls at each layer of attention, in order.
 
-    Parameters gain no gradients. Raises UserError where there is no such class, WorkError where a gradient is not
-    finite.
+    The network's head answers with one logit for each class (`classifies`). Parameters gain no gradients. Raises
+    UserError where there is no such class, WorkError where a gradient is not finite.
     """
     backbone: Any = network.backbone
     head: Any = network.head
@@ -80,6 +80,12 @@ def relevance(found: Sequence[Pull], asked: Float[Tensor, "1 1 m"], seats: Seats
         gained = gained + (bare + gained) @ pull.map()
         seats = pull.layer.seats
     return gained
+
+
+def classifies(network: nn.Module) -> bool:
+    """Whether a network answers with one logit for each class, so that a map may speak for a class."""
+    head = getattr(network, "head", None)
+    return getattr(head, "task", None) == "classify" and getattr(head, "classifier", None) is not None
 
 
 def chosen_class(logits: Float[Tensor, " k"], target: int | None) -> int:
