@@ -146,19 +146,17 @@ def test_one_bad_image_among_good_ones(runs, tmp_path):
     ("words", "message"),
     [
         (("--query", "register-1"), "no token 'register 1'"),
-        (("--query", "9,9"), "no patch 9,9: the grid has 9 rows and 12 columns"),
+        (("--query", "10,9"), "no patch 10,9: the grid has 9 rows and 12 columns"),
         (("--layers", 9), "no layer 9"),
         (("--residual", 1), "from 0 to below 1"),
         (("--residual", "nan"), "from 0 to below 1"),
         (("--target", "dogs"), "no class 'dogs'. Did you mean dog"),
         (("--method", "rollouts"), "invalid choice: 'rollouts'"),
         (("--masks", "nowhere"), "nowhere"),
+        (("--method", "activation"), "no activation map; it has: rollout, raw, attention"),
     ],
 )
 def test_what_cannot_be_done_is_refused(runs, tmp_path, words, message):
-    if "9,9" in words:
-        words = ("--query", "10,9")
-        message = "no patch 10,9: the grid has 9 rows and 12 columns"
     said = refusal("explain", runs / "vit", runs / "images" / "a.png", "--out", tmp_path / "out", *words)
     assert message in said
     assert not (tmp_path / "out").exists()

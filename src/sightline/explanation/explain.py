@@ -77,7 +77,8 @@ def explain(
         place = lattice(backbone, size, grid)
         steps = strides(place.stride, grids)
         names = token_names(backbone, tokens.prefix)
-        asking = _query(head, tokens.prefix) if query is None else settled(query, names, grid)
+        reads = _query(head, tokens.prefix)
+        asking = reads if query is None else settled(query, names, grid)
         seats = Seats(tokens.prefix, tokens.grid)
         asked = query_row(seats, asking, names, finest=grid).to(first.device)
         speaks = relevance(pulled, asked, seats) if pulled else None
@@ -110,6 +111,7 @@ def explain(
             relevance=None if speaks is None else _patches(speaks, found[0].seats),
             relevance_class=None if speaks is None else felt,
             prefix_names=names,
+            head_query=reads,
             fusion=fusion,
             residual=residual,
             features=features,

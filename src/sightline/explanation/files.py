@@ -80,6 +80,10 @@ def explain_image(
     image = decode(source, limits=limits)
     truth = None if mask is None else _truth(mask, image, limits)
     view = explain(network, pixels, **settings)
+    if set(methods) < set(METHODS) and not maps_of(view, methods):
+        raise UserError(
+            f"the model has no {' and no '.join(methods)} map; it has: {', '.join(maps_of(view)) or 'none'}"
+        )
     shown, box = fitted(image, seen_box(preprocess, *image.shape[:2]), 320, SHOWN)
     view = replace(view, image=shown, box=box)
     place = view.view(*shown.shape[:2], box)

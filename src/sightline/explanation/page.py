@@ -12,7 +12,7 @@ from PIL import Image
 
 from sightline.explanation.faithfulness import Faithfulness
 from sightline.explanation.figures import LINES, Chart, distance_chart, distance_plot, faithfulness_charts
-from sightline.explanation.queries import BOTH, CLASS, DISTILLATION, MEAN
+from sightline.explanation.queries import BOTH, MEAN
 from sightline.explanation.render import View, filter_sheet, overlay, png, seen_part, sheet, tiles, veil
 from sightline.explanation.result import Explanation
 from sightline.explanation.segmentation import MASS, pixel_mask
@@ -189,7 +189,6 @@ class Page:
         figures += [self._figure(_FILES[method], METHODS[method]) for method in drawn]
         known = {BOTH: "the class and the distillation token together", MEAN: "the mean of the patches"}
         asked = known.get(explanation.query, f"the {explanation.query}")
-        reads = explanation.query in (CLASS, DISTILLATION, BOTH, MEAN)
         merged = (
             " Where the network merges patches, a merged patch's share is spread evenly over those it was made of."
             if len(set(explanation.grids)) > 1
@@ -201,9 +200,10 @@ class Page:
             if "relevance" in drawn
             else ""
         )
+        reads = ", which the head reads," if explanation.query == explanation.head_query else ""
         return (
-            f"<h2>Attention rollout</h2><p>How much of each patch arrives at {escape(asked)}"
-            f"{', which the head reads,' if reads else ''} when the maps of all layers are multiplied "
+            f"<h2>Attention rollout</h2><p>How much of each patch arrives at {escape(asked)}{reads} when the maps of all "
+            "layers are multiplied "
             f"({explanation.fusion} of the heads, {explanation.residual:g} for the skip connection).{merged} Colours "
             "reach from 0 to the largest share; what the model did not see is dimmed. Rollout follows attention, not "
             f"causes: it does not say why a class was chosen.{relevance}</p>"

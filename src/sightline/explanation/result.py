@@ -45,7 +45,7 @@ class Explanation:
     layer and head, in pixels of the model's input of `size` (height, width); where a layer has fewer heads than others,
     or its patches do not ask, it is NaN. `strides` has the step of every layer's grid in these pixels, (down, right),
     `stride` that of `grid`, whose first cell begins at `origin`; `prefix` is the number of prefix tokens after the last
-    layer, and `prefix_names` are their names.
+    layer, and `prefix_names` are their names; `head_query` says which tokens the head reads.
 
     `activation` is the class activation map of the class with index `activation_class`, the most probable: what each
     place adds to its logit, on the grid of the last layer (arXiv 1512.04150). None where the head is more than the mean
@@ -80,6 +80,7 @@ class Explanation:
     relevance: Float[np.ndarray, "rows columns"] | None
     relevance_class: int | None
     prefix_names: tuple[str, ...]
+    head_query: Query
     fusion: Fusion
     residual: float
     features: Float[np.ndarray, "_ _ d"]
