@@ -202,8 +202,8 @@ class Page:
         )
         reads = ", which the head reads," if explanation.query == explanation.head_query else ""
         return (
-            f"<h2>Attention rollout</h2><p>How much of each patch arrives at {escape(asked)}{reads} when the maps of all "
-            "layers are multiplied "
+            f"<h2>Attention rollout</h2><p>How much of each patch arrives at {escape(asked)}{reads} when the maps of "
+            "all layers are multiplied "
             f"({explanation.fusion} of the heads, {explanation.residual:g} for the skip connection).{merged} Colours "
             "reach from 0 to the largest share; what the model did not see is dimmed. Rollout follows attention, not "
             f"causes: it does not say why a class was chosen.{relevance}</p>"
