@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -24,8 +24,9 @@ _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 4")
 class Chart:
     """Dots and lines over two axes.
 
-    `across` names the values along the horizontal axis, evenly spaced in `places` from 0 to 1; `top` is the largest
-    value upwards and `ticks` what is written there. Dots and lines are in shares of the width and in values upwards.
+    `places` are what is written below, each at its share of the width, 0 to 1; `ticks` the values written at the side,
+    from 0 to the largest that fits. Dots and named lines have points (share of the width, value), bars (share, lowest
+    value, highest).
     """
 
     name: str
@@ -34,7 +35,7 @@ class Chart:
     ticks: Sequence[float]
     dots: Sequence[tuple[float, float]] = ()
     lines: Sequence[tuple[str, Sequence[tuple[float, float]]]] = ()
-    bars: Sequence[tuple[float, float, float]] = field(default_factory=tuple)
+    bars: Sequence[tuple[float, float, float]] = ()
 
     def x(self, share: float) -> float:
         """Pixels from the left."""

@@ -18,7 +18,7 @@ from sightline.explanation.faithfulness import Faithfulness, judge
 from sightline.explanation.page import METHODS, Page, maps_of
 from sightline.explanation.relevance import classifies
 from sightline.explanation.render import Box, fitted
-from sightline.explanation.result import SHOWN, Explanation
+from sightline.explanation.result import SHOWN, Explanation, write_arrays
 from sightline.explanation.segmentation import overlap, pixel_mask
 from sightline.images.decode import Limits, Source, decode
 from sightline.images.preprocess import Preprocess
@@ -145,11 +145,6 @@ def _truth(mask: Source, image: UInt8[np.ndarray, "h w 3"], limits: Limits | Non
         sizes = "{}×{} pixels, and its image {}×{}".format(*truth.shape[:2], *image.shape[:2])
         raise UserError(f"{name} has {sizes}: a mask has the size of its image")
     return truth.max(axis=-1) > 0
-
-
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Writes arrays to one `.npz` file, whole or not at all. Raises WorkError where it cannot be written."""
-    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def folder_names(sources: Iterable[object]) -> list[str]:

@@ -15,14 +15,13 @@ from torch import nn
 from sightline.checkpoints.atomic import write_atomic
 from sightline.errors import printable
 from sightline.explanation.figures import distance_chart
-from sightline.explanation.files import write_arrays
 from sightline.explanation.filters import patch_filters
 from sightline.explanation.maps import attention_layers, evaluating
 from sightline.explanation.page import document, figure, filters_section, positions_section
 from sightline.explanation.positions import position_similarity
 from sightline.explanation.queries import token_names
 from sightline.explanation.render import filter_sheet, fitted, png, sheet, tiles
-from sightline.explanation.result import Explanation
+from sightline.explanation.result import Explanation, write_arrays
 from sightline.explanation.survey import MOST_COLOURED, Survey
 
 MOST_SHOWN = 200
@@ -72,13 +71,13 @@ class Overview:
         if pairs:
             files["colours.png"] = png(sheet(pairs, [""] * len(pairs), 8))
         write_arrays(folder / "overview.npz", self.survey.arrays())
-        body = self._body(folder, size, files)
+        body = self._body(folder, size, files, colours.variance)
         files["index.html"] = document(f"What {printable(model)} looks at", body).encode()
         for name, data in files.items():
             write_atomic(folder / name, data)
         return folder / "index.html"
 
-    def _body(self, folder: Path, size: tuple[int, int], files: dict[str, bytes]) -> str:
+    def _body(self, folder: Path, size: tuple[int, int], files: dict[str, bytes], variance: np.ndarray) -> str:
         cards = []
         for entry in self.entries:
             link = quote(entry.page.relative_to(folder).as_posix())
@@ -97,7 +96,7 @@ class Overview:
                 f"to either side.</p>{chart}"
             )
         if "colours.png" in files:
-            shares = ", ".join(f"{share:.0%}" for share in self.survey.colours().variance)
+            shares = ", ".join(f"{share:.0%}" for share in variance)
             shown = figure(files["colours.png"], f"Three principal components ({shares} of the variance)")
             parts.append(
                 "<h2>What the patches hold</h2><p>Each image, and its patches in colours that all images share: like "

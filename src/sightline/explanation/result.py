@@ -54,9 +54,9 @@ class Explanation:
 
     `features` are the last patches as the head reads them, on the last grid. `colours` shows their first three
     principal components as red, green and blue from 0 to 1, and `colours_variance` has these components' shares of the
-    variance. `norms` are the Euclidean norms of the last patches
-    before the final norm, `prefix_norms` those of the prefix tokens. `image` is the upright image, at most `SHOWN`
-    pixels long, and `box` the part of it that the model saw; None where only pixels were given.
+    variance. `norms` are the Euclidean norms of the last patches before the final norm, `prefix_norms` those of the
+    prefix tokens. `image` is the upright image, at most `SHOWN` pixels long, and `box` the part of it that the model
+    saw; None where only pixels were given.
     """
 
     rollout: Float[np.ndarray, "rows columns"] | None
@@ -205,8 +205,7 @@ class Explanation:
 
         Raises WorkError where it cannot be written.
         """
-        arrays: dict[str, Any] = self.arrays()
-        write_atomic(Path(path), lambda file: np.savez(file, **arrays))
+        write_arrays(Path(path), self.arrays())
 
     def view(self, height: int, width: int, box: Box | None = None, *, grid: Grid | None = None) -> View:
         """Where a grid, `self.grid` unless another is given, lies on an image of this size.
@@ -263,3 +262,8 @@ class Explanation:
         data = base64.b64encode(self._repr_png_() or b"").decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{kind}" style="max-width:24em">' if data else ""
         return f"<figure style='margin:0'>{image}<figcaption>{words}</figcaption></figure>"
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Writes arrays to one `.npz` file, whole or not at all. Raises WorkError where it cannot be written."""
+    write_atomic(path, lambda file: np.savez(file, **arrays))
