@@ -11,12 +11,13 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from sightline.errors import printable, suggest
+from sightline.serving import openapi
 from sightline.serving.batching import Desk
 from sightline.serving.bodies import Asked, read
 from sightline.serving.gate import Gate
 from sightline.serving.jobs import Reply
 from sightline.serving.metrics import CONTENT_TYPE, Metrics
-from sightline.serving.openapi import EXPLAIN, HEALTH, METRICS, MODELS, PAGE, PREDICT, READY
+from sightline.serving.openapi import HEALTH, METRICS, MODELS, PAGE, READY
 from sightline.serving.rejection import ClientGone, Rejection
 from sightline.serving.settings import Settings
 
@@ -49,11 +50,11 @@ def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) ->
         desk, header = _order(desks, kind, asked, query, parameters)
         return await _unless_gone(request, desk.ask(header, asked.images))
 
-    @app.post("/v1/predict", **PREDICT)
+    @app.post("/v1/predict", **openapi.predict(list(desks)))
     async def predict(request: Request) -> Response:
         return _reply(await answer(request, "predict", {"top": 1, "model": None}))
 
-    @app.post("/v1/explain", **EXPLAIN)
+    @app.post("/v1/explain", **openapi.explain(list(desks)))
     async def explain(request: Request) -> Response:
         parameters = {"top": 5, "model": None, "layers": None, "format": "json"}
         reply = await answer(request, "explain", parameters)

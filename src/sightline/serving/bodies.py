@@ -57,7 +57,7 @@ async def read(request: Request, most_bytes: int, most_images: int) -> Asked:
         return Asked([body], ["image"], {})
 
     asked = parse() if len(body) < _SOON else await asyncio.to_thread(parse)
-    if not asked.images or asked.images == [b""]:
+    if not asked.images:
         raise Rejection(422, "no_image", "the request holds no image")
     return asked
 

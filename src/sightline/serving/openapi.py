@@ -1,5 +1,6 @@
 """What OpenAPI says of the routes, in the form in which FastAPI takes it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 _ERROR = {
@@ -106,7 +107,6 @@ def _body(**settings: Any) -> dict[str, Any]:
 
 
 _TOP = {"type": "integer", "minimum": 1, "maximum": 1_000_000}
-_MODEL = {"type": "string"}
 _LAYERS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 10_000}}
 
 
@@ -114,33 +114,40 @@ def _parameter(name: str, schema: Any, words: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": words}
 
 
-_PARAMETERS = [
-    _parameter("top", _TOP, "How many classes an answer has."),
-    _parameter("model", _MODEL, "Which model, where several are served."),
-]
-_SECURITY = [{}, {"bearer": []}, {"key": []}, {"basic": []}]
+def _settings(models: Sequence[str], *more: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """What may be said beside the images: in the query, and in JSON."""
+    model = {"type": "string", "enum": list(models)}
+    parameters = [
+        _parameter("top", _TOP, "How many classes an answer has."),
+        _parameter("model", model, "Which model; the first where none is named."),
+    ]
+    return {"requestBody": _body(top=_TOP, model=model, **settings), "parameters": [*parameters, *more]}
+
+
 _OK = "The document of `predict --json`; an image that could not be read has an error instead of predictions."
 
-PREDICT: dict[str, Any] = {
-    "summary": "What is in images.",
-    "responses": {200: {"description": _OK, "content": _json(_DOCUMENT)}, **_refusals(404, 413, 415, 422, 503)},
-    "openapi_extra": {"requestBody": _body(top=_TOP, model=_MODEL), "parameters": _PARAMETERS},
-}
-EXPLAIN: dict[str, Any] = {
-    "summary": "What is in images, and where the model looked.",
-    "responses": {
-        200: {"description": _OK, "content": {**_json(_DOCUMENT), "application/x-npz": {"schema": _IMAGE}}},
-        **_refusals(404, 413, 415, 422, 503),
-    },
-    "openapi_extra": {
-        "requestBody": _body(top=_TOP, model=_MODEL, layers=_LAYERS),
-        "parameters": [
-            *_PARAMETERS,
-            _parameter("layers", {"type": "string", "pattern": r"^\d{1,4}(,\d{1,4})*$"}, "Layers from 0; 0,5,11."),
-            _parameter("format", {"type": "string", "enum": ["json", "npz"]}, "npz: all arrays of one image."),
-        ],
-    },
-}
+
+def predict(models: Sequence[str]) -> dict[str, Any]:
+    """What is said of `/v1/predict` where these models are served."""
+    return {
+        "summary": "What is in images.",
+        "responses": {200: {"description": _OK, "content": _json(_DOCUMENT)}, **_refusals(404, 413, 415, 422, 503)},
+        "openapi_extra": _settings(models),
+    }
+
+
+def explain(models: Sequence[str]) -> dict[str, Any]:
+    """What is said of `/v1/explain` where these models are served."""
+    layers = _parameter("layers", {"type": "string", "pattern": r"^[0-9]{1,4}(,[0-9]{1,4})*$"}, "From 0, as in 0,5,11.")
+    kind = _parameter("format", {"type": "string", "enum": ["json", "npz"]}, "npz: all arrays of one image.")
+    content = {**_json(_DOCUMENT), "application/x-npz": {"schema": _IMAGE}}
+    return {
+        "summary": "What is in images, and where the model looked.",
+        "responses": {200: {"description": _OK, "content": content}, **_refusals(404, 413, 415, 422, 503)},
+        "openapi_extra": _settings(models, layers, kind, layers=_LAYERS),
+    }
+
+
 _STATUS = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
 MODELS: dict[str, Any] = {
     "summary": "Which models are served.",

@@ -56,7 +56,7 @@ export function draw(canvas, picture, data, map, { crisp, marked }) {
   for (let i = 0; i < cells.length; i++) {
     const value = Math.min(Math.max((cells[i] - low) / Math.max(high - low, 1e-12), 0), 1);
     const [r, g, b] = colour(value);
-    pixels.data.set([r, g, b, 80 + 115 * value], 4 * i);
+    pixels.data.set([r, g, b, 60 + 130 * value], 4 * i);
   }
   inside.putImageData(pixels, 0, 0);
   const at = place(data, grid);
