@@ -318,8 +318,9 @@ class TestWhoMayAsk:
             ),
         ],
     )
-    def test_hosts_and_origins(self, server, headers, status):
-        assert server.ask("GET", "/v1/models", **headers).status == status
+    def test_hosts_and_origins(self, headers, status):
+        gate = make_app({}, Settings(), Metrics())
+        assert _asgi(gate, "/v1/models", **headers) == status
 
     def test_every_route_but_one_needs_the_key(self):
         key = "0123456789abcdef"
@@ -337,6 +338,11 @@ class TestWhoMayAsk:
         monkeypatch.delenv("SIGHTLINE_API_KEY", raising=False)
         assert "SIGHTLINE_API_KEY" in refusal("serve", house / "model", "--host", "0.0.0.0")
         assert "16 characters" in refusal("serve", house / "model", "--api-key", "short")
+
+    def test_names_that_are_allowed(self):
+        gate = make_app({}, Settings(allow_hosts=("photos.example",)), Metrics())
+        assert _asgi(gate, "/healthz", host="photos.example:8000") == 200
+        assert _asgi(gate, "/healthz", host="other.example") == 421
 
     def test_every_answer_carries_the_protecting_headers(self, server):
         for path in ("/", "/page/main.js", "/v1/models", "/nothing"):
@@ -357,7 +363,8 @@ class TestWhoMayAsk:
 
 def _asgi(app, path: str, **headers: str) -> int:
     """The status of one request, without a server."""
-    pairs = [(b"host", b"localhost"), *((n.encode(), v.encode()) for n, v in headers.items())]
+    named = {"host": "localhost"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    pairs = [(name.encode(), value.encode()) for name, value in named.items()]
     scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
     sent = []
 
