@@ -101,18 +101,18 @@ def test_layers_heads_depths_and_modes(page, house):
     add(page, house / "one.png")
     hover(page, 0.5, 0.5)
     pictures = [shown(page)]
-    page.get_by_label("Layer").select_option("0")
+    page.locator("#layer").select_option("0")
     pictures.append(shown(page))
-    page.get_by_label("Head").select_option("1")
+    page.locator("#head").select_option("1")
     pictures.append(shown(page))
     page.locator("#plot circle").nth(4).click()  # two heads in each layer: layer 3, head 1
-    expect(page.get_by_label("Layer")).to_have_value("2")
-    expect(page.get_by_label("Head")).to_have_value("0")
+    expect(page.locator("#layer")).to_have_value("2")
+    expect(page.locator("#head")).to_have_value("0")
     pictures.append(shown(page))
     page.get_by_text("Rollout", exact=True).click()
     page.wait_for_timeout(60)
     pictures.append(shown(page))
-    page.get_by_label("Depth").fill("0")
+    page.locator("#depth").fill("0")
     page.wait_for_timeout(60)
     pictures.append(shown(page))
     expect(page.locator("#depth-value")).to_have_text("layers 1 to 1")
@@ -166,7 +166,7 @@ def test_by_keyboard_alone(page, house):
         if seen[-1] == "CANVAS":
             break
     assert seen[-1] == "CANVAS", seen
-    expect(page.get_by_label("Layer")).to_have_value("1")
+    expect(page.locator("#layer")).to_have_value("1")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#told")).to_contain_text("Layer 2. Attention (mean of heads) of the patch in row 2, column 3")
     page.keyboard.press("ArrowRight")

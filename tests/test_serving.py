@@ -26,7 +26,7 @@ from sightline.explanation.rollout import flow
 from sightline.model import load
 from sightline.serving.app import make_app
 from sightline.serving.batching import Desk
-from sightline.serving.bodies import _from_form, _from_json
+from sightline.serving.bodies import Room, _from_form, _from_json
 from sightline.serving.guard import Guarded
 from sightline.serving.metrics import Metrics
 from sightline.serving.rejection import Rejection
@@ -459,6 +459,18 @@ class TestQueue:
             assert desk.queued == 0
 
         self.run(test, deadline=0.05)
+
+
+def test_requests_share_a_room():
+    room = Room(10)
+    with room.hold() as take, room.hold() as other:
+        take(4)
+        other(6)
+        with pytest.raises(Rejection) as no:
+            take(1)
+        assert (no.value.status, no.value.retry_after) == (503, 2)
+        assert room.taken == 10
+    assert room.taken == 0
 
 
 class TestSlowClients:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from sightline.errors import printable, suggest
 from sightline.serving import openapi
 from sightline.serving.batching import Desk
-from sightline.serving.bodies import Asked, read
+from sightline.serving.bodies import Asked, Room, read
 from sightline.serving.gate import Gate
 from sightline.serving.jobs import Reply
 from sightline.serving.metrics import CONTENT_TYPE, Metrics
@@ -23,6 +23,8 @@ from sightline.serving.settings import Settings
 
 _PAGE = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _MOST_TOP = 1_000_000
+_REQUESTS = 20
+"""As many requests of the largest size may be in memory; of smaller ones, more."""
 
 
 def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) -> Gate:
@@ -31,6 +33,8 @@ def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) ->
         title="Sightline", version="1", description="Image models over HTTP.", docs_url=None, redoc_url=None,
         redirect_slashes=False,
     )  # fmt: skip
+
+    room = Room(_REQUESTS * settings.max_bytes)
 
     async def rejected(_request: Request, fault: Exception) -> Response:
         assert isinstance(fault, Rejection)
@@ -46,9 +50,10 @@ def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) ->
 
     async def answer(request: Request, kind: str, parameters: Mapping[str, Any]) -> Reply:
         query = _query(request, parameters)
-        asked = await read(request, settings.max_bytes, settings.max_images)
-        desk, header = _order(desks, kind, asked, query, parameters)
-        return await _unless_gone(request, desk.ask(header, asked.images))
+        with room.hold() as take:
+            asked = await read(request, settings.max_bytes, settings.max_images, take)
+            desk, header = _order(desks, kind, asked, query, parameters)
+            return await _unless_gone(request, desk.ask(header, asked.images))
 
     @app.post("/v1/predict", **openapi.predict(list(desks)))
     async def predict(request: Request) -> Response:

@@ -4,7 +4,8 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,32 @@ class Asked:
     settings: Mapping[str, Any]
 
 
-async def read(request: Request, most_bytes: int, most_images: int) -> Asked:
-    """The images of a request.
+class Room:
+    """The memory that requests may take up together, from their first byte until they are answered."""
+
+    def __init__(self, most: int):
+        self.most, self.taken = most, 0
+
+    @contextmanager
+    def hold(self) -> Generator[Callable[[int], None]]:
+        """Gives a function that takes some bytes, all of which come back at the end; it raises Rejection when full."""
+        held = 0
+
+        def take(count: int) -> None:
+            nonlocal held
+            if self.taken + count > self.most:
+                raise Rejection(503, "busy", "too much is being sent at once; try again later", retry_after=2)
+            held += count
+            self.taken += count
+
+        try:
+            yield take
+        finally:
+            self.taken -= held
+
+
+async def read(request: Request, most_bytes: int, most_images: int, take: Callable[[int], None]) -> Asked:
+    """The images of a request, whose bytes are taken from a `Room` as they come.
 
     Raises Rejection where the body is too large, holds none, too many, or something else; ClientGone where it breaks
     off.
@@ -47,7 +72,7 @@ async def read(request: Request, most_bytes: int, most_images: int) -> Asked:
             "media_type",
             "send images as multipart/form-data, as application/json with base64, or one with its own type",
         )
-    body = await _all(request, most_bytes)
+    body = await _all(request, most_bytes, take)
 
     def parse() -> Asked:
         if media == "application/json":
@@ -62,7 +87,7 @@ async def read(request: Request, most_bytes: int, most_images: int) -> Asked:
     return asked
 
 
-async def _all(request: Request, most: int) -> bytes:
+async def _all(request: Request, most: int, take: Callable[[int], None]) -> bytes:
     too_large = Rejection(413, "too_large", f"the request has more than {most:,} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > most:
@@ -73,6 +98,7 @@ async def _all(request: Request, most: int) -> bytes:
             size += len(part)
             if size > most:
                 raise too_large
+            take(len(part))
             parts.append(part)
     except ClientDisconnect:
         raise ClientGone from None
