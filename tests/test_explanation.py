@@ -20,10 +20,11 @@ from sightline.explanation import explain as explain_module
 from sightline.explanation.distance import mean_distance, patch_distances
 from sightline.explanation.explain import explain
 from sightline.explanation.filters import patch_filters, principal_filters
-from sightline.explanation.grids import lattice
+from sightline.explanation.grids import Seats, lattice
 from sightline.explanation.maps import Call, evaluating, record
 from sightline.explanation.positions import similarity
-from sightline.explanation.rollout import flow, on_grid, query_row, rollout, scaled
+from sightline.explanation.queries import query_row
+from sightline.explanation.rollout import flow, on_grid, rollout, scaled
 from sightline.layers.attention import Attention
 from sightline.network import Network, create_model
 from sightline.types import Tokens
@@ -59,7 +60,9 @@ class TestGolden:
         maps = list(tensors["input.attention"].flip(0))
         whole = rollout(maps, torch.eye(13).expand(2, 13, 13))
         assert close(whole, tensors["output.rollout"])
-        row = rollout(maps, query_row(13, case["prefix_tokens"], "class token").expand(2, 1, 13))
+        row = rollout(
+            maps, query_row(Seats(case["prefix_tokens"], tuple(case["grid"])), "class token").expand(2, 1, 13)
+        )
         cells = on_grid(row[:, 0], tuple(case["grid"]), case["prefix_tokens"])
         assert close(cells, tensors["output.rollout_map"])
         assert close(scaled(cells), tensors["output.rollout_map_scaled"])
@@ -89,28 +92,26 @@ class TestRollout:
 
     def test_two_layers_by_hand_without_residual(self):
         # Row 0 of last·first: 0.2·[.5 .25 .25] + 0.8·[0 1 0]
-        row = rollout([self.last, self.first], query_row(3, 1, "class token"), residual=False)
+        row = rollout([self.last, self.first], query_row(Seats(1, (1, 2)), "class token"), residual=0.0)
         assert torch.allclose(row, torch.tensor([[[0.1, 0.85, 0.05]]]))
 
     def test_two_layers_by_hand_with_residual(self):
         # Rows of (A + I)/2: last 0: [.6 .4 0]; first 0: [.75 .125 .125], first 1: [0 1 0]
-        row = rollout([self.last, self.first], query_row(3, 1, "class token"))
+        row = rollout([self.last, self.first], query_row(Seats(1, (1, 2)), "class token"))
         assert torch.allclose(row, torch.tensor([[[0.45, 0.475, 0.075]]]))
 
     def test_mean_of_patches_asks_every_patch_alike(self):
-        row = rollout([self.last], query_row(3, 1, "mean of patches"), residual=False)
+        row = rollout([self.last], query_row(Seats(1, (1, 2)), "mean of patches"), residual=0.0)
         assert torch.allclose(row, torch.tensor([[[0.5, 0.0, 0.5]]]))
 
     def test_fusion_of_heads_by_hand(self):
         heads = torch.tensor([[[[0.25, 0.75], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]]])
-        assert torch.allclose(flow(heads, residual=False, fusion="max")[0, 0], torch.tensor([0.5, 0.5]))
+        assert torch.allclose(flow(heads, residual=0.0, fusion="max")[0, 0], torch.tensor([0.5, 0.5]))
         # the larger of the heads plus the identity, [1.75 0.75], scaled to sum 1
         assert torch.allclose(flow(heads, fusion="max")[0, 0], torch.tensor([0.7, 0.3]))
         assert torch.allclose(flow(heads, fusion="min")[0, 0], torch.tensor([5 / 6, 1 / 6]))
 
-    @given(
-        st.integers(1, 5), st.integers(1, 3), st.integers(2, 7), st.booleans(), st.sampled_from(["mean", "max", "min"])
-    )
+    @given(st.integers(1, 5), st.integers(1, 3), st.integers(2, 7), st.floats(0, 0.9), FUSIONS)
     def test_shares_sum_to_one(self, depth, heads, tokens, residual, fusion):
         maps = [torch.randn(2, heads, tokens, tokens).softmax(-1) for _ in range(depth)]
         rows = rollout(maps, torch.eye(tokens).expand(2, tokens, tokens), residual=residual, fusion=fusion)

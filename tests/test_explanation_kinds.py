@@ -112,6 +112,9 @@ def test_pages_pictures_and_arrays(kind, tmp_path):
     assert ("positions.png" in files) == (view.position_similarity is not None) == ("no table of positions" not in text)
     assert ("filters.png" in files) == (view.filters is not None) == ("no convolution" not in text)
     assert sum(name.startswith("heads-layer-") for name in files) == len(view.layers)
+    assert {"colours.png", "norms.png"} <= files
+    for name in ("attention.png", "relevance.png", "masks.png", "distance.png"):
+        assert (name in files) == (kind in ATTENTIVE)
     with np.load(tmp_path / "explanation.npz", allow_pickle=False) as saved:
         assert set(saved.files) == set(view.arrays())
         for name, array in view.arrays().items():
@@ -201,7 +204,7 @@ class TestActivation:
         view, page = explain_image(network, Preprocess(size=(33, 47)), image, tmp_path)
         assert view.shown is None
         assert view.overlay(image) is image
-        assert {path.name for path in tmp_path.glob("*.png")} == {"original.png", "filters.png"}
+        assert {path.stem for path in tmp_path.glob("*.png")} == {"original", "filters", "colours", "norms"}
         assert "Left out: it is exact only where" in page.read_text()
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from sightline.errors import UserError, WorkError
 from sightline.explanation.explain import explain
+from sightline.explanation.figures import distance_plot
 from sightline.explanation.files import explain_image, folder_names, seen_box
-from sightline.explanation.page import distance_plot
 from sightline.explanation.render import View, colours, filter_sheet, overlay, sheet, spread, tiles
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network, create_model
@@ -145,14 +145,15 @@ class TestFiles:
         files = {path.name for path in (tmp_path / "out").iterdir()}
         assert files == {
             *("index.html", "explanation.npz", "original.png", "rollout.png", "rollout-raw.png", "side-by-side.png"),
-            *("heads-layer-02.png", "positions.png", "filters.png"),
+            *("attention.png", "relevance.png", "heads-layer-02.png", "masks.png", "distance.png", "positions.png"),
+            *("filters.png", "colours.png", "norms.png"),
         }
         assert view.layers == (1,)
         text = page.read_text()
         seen = Links()
         seen.feed(text)
         assert "script" not in seen.tags
-        assert len(seen.sources) == 6
+        assert len(seen.sources) == 11
         assert all(source.startswith("data:image/png;base64,") for source in seen.sources)
         assert "75.0%" in text
         with Image.open(tmp_path / "out" / "rollout.png") as picture:

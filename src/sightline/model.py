@@ -14,7 +14,8 @@ from sightline.checkpoints.directory import write_model
 from sightline.checkpoints.load import load_bundle
 from sightline.device import pick_device, pick_precision
 from sightline.errors import UserError, printable
-from sightline.explanation.explain import Explanation, explain
+from sightline.explanation.files import explain_source
+from sightline.explanation.result import Explanation
 from sightline.images.decode import Source
 from sightline.images.preprocess import Preprocess
 from sightline.inference.predictor import Predictor
@@ -60,8 +61,7 @@ class Model:
 
     def explain(self, source: Source, **settings: Any) -> Explanation:
         """What the network attends to in one image; `settings` are those of `explain`."""
-        pixels = self.preprocess(source)
-        return explain(self.network, pixels.to(next(self.network.parameters()).device), **settings)
+        return explain_source(self.network, self.preprocess, source, **settings)
 
     def save(self, directory: str | Path) -> Path:
         """Writes a model directory that `load` reads; all of it or nothing."""

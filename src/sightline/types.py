@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import NamedTuple
 
 import torch
@@ -102,3 +103,13 @@ class Prediction:
     def to_json(self) -> dict[str, object]:
         """The answer's part of `predict --json`."""
         return {"predictions": [{"label": s.label, "index": s.index, "score": s.score} for s in self.top]}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each class, with a bar as long as its probability."""
+        bar = "display:inline-block;height:.7em;background:#b3261e"
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(s.label)}</th><td style='text-align:right'>{s.score:.1%}</td>"
+            f"<td style='text-align:left;width:8em'><span style='{bar};width:{100 * s.score:.1f}%'></span></td></tr>"
+            for s in self.top
+        )
+        return f"<table>{rows}</table>"

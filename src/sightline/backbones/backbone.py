@@ -55,12 +55,14 @@ class Backbone(nn.Module, ABC):
         return [_on_one_canvas(list(stage)) for stage in zip(*alone, strict=True)]
 
     def whole(
-        self, name: str, weights: Float[Tensor, "b h n m"], size: tuple[int, int]
+        self, name: str, weights: Float[Tensor, "b h n m"], size: tuple[int, int], *, shares: bool = True
     ) -> tuple[Float[Tensor, "b h n n"], tuple[int, int]]:
         """The map of the attention layer `name` over all tokens of that layer, prefix first, and the layer's grid.
 
         `weights` is what `Attention.weights` gives for an image of `size` (height, width) in pixels. Families that
         attend within windows lay them side by side; the grid is that of the layer, which in pyramids is not the last.
+        With `shares=False` the numbers are no shares, such as gradients: they are laid out as they are, and whoever did
+        not ask has zeros.
         """
         return weights, self.grid_of(size)
 

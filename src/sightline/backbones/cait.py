@@ -117,6 +117,21 @@ class TalkingHeads(Attention):
         q, k, _ = self.project(query, key, value)
         return self._softmax(q, k, bias)
 
+    def weights_gradient(
+        self,
+        gradient: Float[Tensor, "b n d"],
+        query: Float[Tensor, "b n d"],
+        key: Float[Tensor, "b m d"] | None = None,
+        value: Float[Tensor, "b m d"] | None = None,
+        *,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """The gradient by the map as it leaves the softmax, before heads are mixed again."""
+        mixed = super().weights_gradient(gradient, query, key, value)
+        if bias is not None:
+            mixed = mixed.masked_fill(bias.isneginf(), 0.0)
+        return torch.einsum("b h n m, h g -> b g n m", mixed, self.after.weight)
+
     def _softmax(
         self, q: Float[Tensor, "b h n k"], k: Float[Tensor, "b h m k"], bias: Float[Tensor, "#b #h #n #m"] | None
     ) -> Float[Tensor, "b h n m"]:
@@ -208,16 +223,17 @@ class CaiT(Backbone):
         return tokens._replace(x=self.norm(tokens.x))
 
     def whole(
-        self, name: str, weights: Float[Tensor, "b h q n"], size: tuple[int, int]
+        self, name: str, weights: Float[Tensor, "b h q n"], size: tuple[int, int], *, shares: bool = True
     ) -> tuple[Float[Tensor, "b h m m"], Grid]:
         """The map of a layer over class token and patches, and their rows and columns; who is not asked keeps itself.
 
-        `name` is the layer's, `size` the image's (height, width) in pixels.
+        `name` is the layer's, `size` the image's (height, width) in pixels. Where the numbers are no `shares`, who is
+        not asked has zeros.
         """
         grid = self.tokenizer.grid(size)
         batch, heads, _, keys = weights.shape
         tokens = 1 + grid[0] * grid[1]
-        whole = torch.eye(tokens, dtype=weights.dtype, device=weights.device).repeat(batch, heads, 1, 1)
+        whole = torch.eye(tokens, dtype=weights.dtype, device=weights.device).repeat(batch, heads, 1, 1) * shares
         if keys == tokens:
             whole[:, :, :1] = weights
         else:

@@ -191,7 +191,7 @@ class PiT(Backbone):
         return tokens._replace(x=self.norm(tokens.x))
 
     def whole(
-        self, name: str, weights: Float[Tensor, "b h n n"], size: tuple[int, int]
+        self, name: str, weights: Float[Tensor, "b h n n"], size: tuple[int, int], *, shares: bool = True
     ) -> tuple[Float[Tensor, "b h n n"], Grid]:
         """The attention map of a layer over all tokens of its stage, as it is, and that stage's rows and columns.
 

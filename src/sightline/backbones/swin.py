@@ -281,18 +281,19 @@ class Swin(Backbone):
         return tokens._replace(x=self.norm(tokens.x))
 
     def whole(
-        self, name: str, weights: Float[Tensor, "bw h m m"], size: tuple[int, int]
+        self, name: str, weights: Float[Tensor, "bw h m m"], size: tuple[int, int], *, shares: bool = True
     ) -> tuple[Float[Tensor, "b h n n"], Grid]:
         """The attention maps of a layer's windows as one map over all tokens of its stage, and their rows and columns.
 
         `name` is that of the layer's `Attention` in the backbone, `size` the (height, width) of the image in pixels.
-        Tokens that share no window have weight 0; every row sums to 1.
+        Tokens that share no window have weight 0; every row sums to 1, unless the numbers are no `shares`.
         """
         _, stage, _, block, *_ = name.split(".")
         grid = self.tokenizer.grid(size)
         for _ in range(int(stage)):
             grid = halved(grid)
-        return self.config.windows(int(stage), grid, shifted=int(block) % 2 == 1).whole(weights), grid
+        windows = self.config.windows(int(stage), grid, shifted=int(block) % 2 == 1)
+        return windows.whole(weights, shares=shares), grid
 
     def layer_of(self, parameter: str) -> int:
         """Layers are counted through all stages; patch merging goes with the layer before it (arXiv 2111.09886)."""

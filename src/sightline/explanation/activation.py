@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.explanation.relevance import chosen_class
 from sightline.explanation.rollout import on_grid
 from sightline.types import Tokens
 
@@ -16,8 +17,8 @@ class Activation(NamedTuple):
     cells: Float[Tensor, "rows columns"]
 
 
-def class_activation(head: nn.Module, tokens: Tokens) -> Activation | None:
-    """The map of the most probable class of one image: the classifier's weights for it times the tokens.
+def class_activation(head: nn.Module, tokens: Tokens, target: int | None = None) -> Activation | None:
+    """The map of class `target`, the most probable where None, of one image: its classifier's weights times the tokens.
 
     None unless the logits are a linear function of the mean of the patches, which alone makes the map exact: a head
     that pools otherwise, that has a norm or a dense layer behind the pooling, or that has no classifier.
@@ -28,6 +29,6 @@ def class_activation(head: nn.Module, tokens: Tokens) -> Activation | None:
         return None
     if config.fc_norm or config.pre_logits is not None or config.distilled:
         return None
-    index = int(head(tokens)[0].argmax())
+    index = chosen_class(head(tokens)[0], target)
     cells = tokens.x[0].float() @ classifier.weight[index].float()
     return Activation(index, on_grid(cells, tokens.grid, tokens.prefix))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,13 @@ class Call(NamedTuple):
         given = dict(zip(("query", "key", "value"), self.args, strict=False)) | self.kwargs
         query, key = given["query"], given.get("key")
         return query.shape[0], self.attention.heads, query.shape[1], (query if key is None else key).shape[1]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether other tokens than those that ask are attended to: more, fewer, or not the same tensor."""
+        given = dict(zip(("query", "key", "value"), self.args, strict=False)) | self.kwargs
+        key = given.get("key")
+        return key is not None and key is not given["query"]
 
     def weights(self) -> Float[Tensor, "b h n m"]:
         """The map [batch, heads, queries, keys] in float32; every row sums to 1.
@@ -73,7 +81,11 @@ class Layer(NamedTuple):
         weights = self.call.weights()
         for head in range(self.heads):
             own = weights[:, head : head + 1]
-            yield own if self.plain else self.backbone.whole(self.call.name, own, self.size)[0]
+            yield own if self.plain else self.laid(own)
+
+    def laid(self, maps: Float[Tensor, "b h q m"], *, shares: bool = True) -> Float[Tensor, "1 h n n"]:
+        """Maps of the call laid out over all tokens of the layer (`Backbone.whole`)."""
+        return self.backbone.whole(self.call.name, maps, self.size, shares=shares)[0]
 
 
 def laid_out(backbone: Backbone, call: Call, size: Grid) -> Layer:
@@ -94,29 +106,32 @@ def laid_out(backbone: Backbone, call: Call, size: Grid) -> Layer:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Generator[None]:
-    """Evaluation mode without gradients; afterwards the network is as it was, module by module."""
+def evaluating(network: nn.Module, *, gradients: bool = False) -> Generator[None]:
+    """Evaluation mode, without gradients unless asked for; afterwards the network is as it was, module by module."""
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.enable_grad() if gradients else torch.inference_mode():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Tokens, list[Call]]:
-    """What a backbone makes of the pixels, and every call of an `Attention` on the way, in order.
+@contextmanager
+def recording(backbone: nn.Module) -> Generator[list[Call]]:
+    """While it is open, every call of an `Attention` of the backbone in this thread is appended to the list, in order.
 
     Only the inputs of the layers are kept, which grow linearly with the number of tokens; the maps, which grow with
     its square, are computed when `Call.weights` is asked for one. A backbone without attention has no calls.
     """
     calls: list[Call] = []
+    mine = get_ident()  # a server may answer others by the same network
 
     def note(name: str) -> Callable[..., None]:
         def hook(attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(name, attention, args, kwargs))
+            if get_ident() == mine:
+                calls.append(Call(name, attention, args, kwargs))
 
         return hook
 
@@ -124,6 +139,12 @@ def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Token
         for name, module in backbone.named_modules():
             if isinstance(module, Attention):
                 hooks.enter_context(module.register_forward_pre_hook(note(name), with_kwargs=True))
+        yield calls
+
+
+def record(backbone: nn.Module, pixels: Float[Tensor, "b c h w"]) -> tuple[Tokens, list[Call]]:
+    """What a backbone makes of the pixels, and every call of an `Attention` on the way (`recording`)."""
+    with recording(backbone) as calls:
         tokens = backbone(pixels)
     return tokens, calls
 

@@ -15,13 +15,15 @@ def similarity(table: Float[Tensor, "1 n d"], grid: tuple[int, int]) -> Float[Te
 
 
 def position_similarity(
-    backbone: nn.Module, grid: tuple[int, int]
+    backbone: nn.Module, grid: tuple[int, int] | None = None
 ) -> Float[Tensor, "rows columns rows columns"] | None:
     """The similarities of a backbone's position vectors as it uses them on `grid`, that of its first layer.
 
-    None where it has no table of positions, as with relative ones, which are biases between places.
+    On the grid that they were made for where `grid` is None. None where it has no table of positions, as with relative
+    ones, which are biases between places.
     """
     for module in backbone.modules():
         if isinstance(module, (LearnedPositions, FixedPositions)):
-            return similarity(module(grid), grid)
+            own = module.grid if grid is None else grid
+            return similarity(module(own), own)
     return None

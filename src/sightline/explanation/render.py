@@ -42,24 +42,32 @@ def colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"
 
 
 def spread(
-    cells: Float[np.ndarray, "rows columns"], height: int, width: int, view: View
+    cells: Float[np.ndarray, "rows columns"], height: int, width: int, view: View, *, blocks: bool = False
 ) -> tuple[Float[np.ndarray, "height width"], Bool[np.ndarray, "height width"]]:
     """A map on the grid brought to the pixels of the image, and which of these the model saw.
 
-    Bilinear between the centres of the patches, constant beyond the outermost.
+    Bilinear between the centres of the patches, constant beyond the outermost; or, in `blocks`, the value of the
+    nearest centre.
     """
     (left, top, right, bottom), inputs, strides, origin = view
-    down = _axis(height, (top, bottom), inputs[0], strides[0], origin[0], cells.shape[0])
-    across = _axis(width, (left, right), inputs[1], strides[1], origin[1], cells.shape[1])
+    down = _axis(height, (top, bottom), inputs[0], strides[0], origin[0], cells.shape[0], blocks)
+    across = _axis(width, (left, right), inputs[1], strides[1], origin[1], cells.shape[1], blocks)
     return down[0] @ cells.astype(np.float32) @ across[0].T, down[1][:, None] & across[1][None, :]
 
 
 def _axis(
-    length: int, span: tuple[int | float, int | float], size: int, stride: int | float, origin: int | float, cells: int
+    length: int,
+    span: tuple[int | float, int | float],
+    size: int,
+    stride: int | float,
+    origin: int | float,
+    cells: int,
+    blocks: bool,
 ) -> tuple[Float[np.ndarray, "length cells"], Bool[np.ndarray, " length"]]:
     """The share of each cell in each pixel along one axis, and whether the pixel was seen."""
     at = (np.arange(length) + 0.5 - span[0]) * size / (span[1] - span[0])  # in pixels of the model's input
     nearest = np.clip((at - origin) / stride - 0.5, 0, cells - 1)
+    nearest = np.rint(nearest) if blocks else nearest
     shares = np.maximum(1 - np.abs(nearest[:, None] - np.arange(cells)), 0)
     return shares.astype(np.float32), (at >= 0) & (at < min(size, cells * stride + 2 * origin))
 
@@ -73,6 +81,12 @@ def overlay(
     share = np.where(seen, 0.3 + 0.4 * heat, 0)[..., None].astype(np.float32)
     shade = np.where(seen, 1, _DIMMED)[..., None].astype(np.float32)
     return (image * shade * (1 - share) + colours(heat) * share).round().astype(np.uint8)
+
+
+def veil(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with what lies outside a mask dimmed and without colour."""
+    grey = np.broadcast_to(image.mean(axis=-1, keepdims=True) * _DIMMED, image.shape)
+    return np.where(mask[..., None], image, grey).round().astype(np.uint8)
 
 
 def fitted(

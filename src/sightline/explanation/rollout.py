@@ -14,20 +14,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 Fusion = Literal["mean", "max", "min"]
-Query = Literal["class token", "class and distillation tokens", "mean of patches"]
 
 
 def flow(
-    weights: Float[Tensor, "b h n n"], *, residual: bool = True, fusion: Fusion = "mean"
+    weights: Float[Tensor, "b h n n"], *, residual: float = 0.5, fusion: Fusion = "mean"
 ) -> Float[Tensor, "b n n"]:
     """One layer's share of every token in every other: the heads fused, each row summing to 1.
 
-    With `residual` the identity is added before the rows are scaled, which stands for the skip connection around the
-    attention (arXiv 2005.00928, section 3.1: 0.5 A + 0.5 I when the heads are averaged).
+    `residual`, from 0 to below 1, is the weight of the identity, which stands for the skip connection around the
+    attention: the attention has the rest (arXiv 2005.00928, section 3.1: 0.5 A + 0.5 I). Rows are scaled afterwards,
+    which changes nothing where the heads are averaged.
     """
     fused = reduce(weights, "b h n m -> b n m", fusion)
     if residual:
-        fused = fused + torch.eye(fused.shape[-1], device=fused.device)
+        fused = (1 - residual) * fused + residual * torch.eye(fused.shape[-1], device=fused.device)
     return fused / fused.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
 
 
@@ -35,7 +35,7 @@ def rollout(
     maps: Iterable[Float[Tensor, "b h n n"]],
     queries: Float[Tensor, "b q n"],
     *,
-    residual: bool = True,
+    residual: float = 0.5,
     fusion: Fusion = "mean",
 ) -> Float[Tensor, "b q n"]:
     """The shares of the input tokens in what `queries` read of the last layer (arXiv 2005.00928, equation 1).
@@ -47,18 +47,6 @@ def rollout(
         queries = queries @ flow(weights, residual=residual, fusion=fusion)
         del weights  # before the next one is computed
     return queries
-
-
-def query_row(tokens: int, prefix: int, query: Query) -> Float[Tensor, "1 1 n"]:
-    """The row that asks for one result of a layer: its first token, the mean of its first two, or of its patches."""
-    row = torch.zeros(1, 1, tokens)
-    if query == "mean of patches":
-        row[..., prefix:] = 1 / (tokens - prefix)
-        return row
-    asked = 1 if query == "class token" else 2
-    assert prefix >= asked, f"there is no {query} to ask"
-    row[..., :asked] = 1 / asked
-    return row
 
 
 def on_grid(rows: Float[Tensor, "*b n"], grid: tuple[int, int], prefix: int) -> Float[Tensor, "*b rows columns"]:

@@ -87,3 +87,20 @@ class Attention(nn.Module):
         q, k, _ = self.project(query, key, value)
         logits = q @ rearrange(k, "b h m k -> b h k m") * q.shape[-1] ** -0.5
         return torch.softmax(logits if bias is None else logits + bias, dim=-1)
+
+    def weights_gradient(
+        self,
+        gradient: Float[Tensor, "b n d"],
+        query: Float[Tensor, "b n d"],
+        key: Float[Tensor, "b m d"] | None = None,
+        value: Float[Tensor, "b m d"] | None = None,
+        *,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """The gradient of any number by the attention map, given its `gradient` by what `out` reads.
+
+        The other arguments are those of `forward`. A head's mixture is the map times its values, so that no map need be
+        kept for the way back.
+        """
+        _, _, v = self.project(query, key, value)
+        return rearrange(gradient, "b n (h k) -> b h n k", h=self.heads) @ rearrange(v, "b h m k -> b h k m")

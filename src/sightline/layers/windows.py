@@ -90,11 +90,11 @@ class Windows:
             mask = mask.masked_fill(~rearrange(real, "w m 1 -> w 1 1 m"), -torch.inf)
         return mask
 
-    def whole(self, weights: Float[Tensor, "bw h m m"]) -> Float[Tensor, "b h n n"]:
+    def whole(self, weights: Float[Tensor, "bw h m m"], *, shares: bool = True) -> Float[Tensor, "b h n n"]:
         """The attention maps of the windows as one map over all cells of the grid.
 
         Pairs that share no window have weight 0. Padding is left out, and what its keys got goes to the others in
-        proportion: every row sums to 1.
+        proportion: every row sums to 1. With `shares=False` the numbers stay as they are.
         """
         rows, columns = self.grid
         size = 1 + rows * columns  # one more than cells: where padding is put
@@ -105,4 +105,4 @@ class Windows:
         plane = weights.new_zeros(*weights.shape[:2], size * size)
         plane[..., place] = weights
         plane = rearrange(plane, "b h (q k) -> b h q k", q=size)[..., 1:, 1:]
-        return plane / plane.sum(dim=-1, keepdim=True)
+        return plane / plane.sum(dim=-1, keepdim=True) if shares else plane
