@@ -163,6 +163,8 @@ class TestExplain:
             rows = _array(depth["cells"]) * _array(depth["scale"])[:, None] / 255
             assert np.allclose(rows, through[:, 1:], atol=1 / 400)
         assert np.allclose(_array(sent["positions"]) / 127.5 - 1, view.position_similarity, atol=1 / 127)
+        assert np.allclose(_array(sent["colours"]["cells"]) / 255, view.colours, atol=1 / 500)
+        assert sent["prefix"] == ["class token"]
         one = server.form("/v1/explain?layers=1", file).document["results"][0]["explanation"]
         assert [heads["layer"] for heads in one["heads"]] == [1]
 

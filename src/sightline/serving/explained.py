@@ -13,14 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from sightline.errors import UserError
-from sightline.explanation.explain import Explanation
-from sightline.explanation.files import seen_box
 from sightline.explanation.grids import Grid, Seats, handed_down
 from sightline.explanation.render import fitted
+from sightline.explanation.result import SHOWN, Explanation
 from sightline.explanation.rollout import flow
-from sightline.images.decode import decode
+from sightline.images.decode import image_size
 from sightline.model import Model
 
+LEAST = 320
+"""Smaller pictures are enlarged, so that their pixels can be seen."""
 MOST_CELLS = 16_000_000
 """Attention maps are sent unasked while they have at most this many values, a byte each; later layers first."""
 MOST_ASKED = 64_000_000
@@ -49,12 +50,14 @@ class Explainer:
         exact to 1/510 of that. `layers` are numbered from 0; where None, those that fit into `MOST_CELLS`.
         """
         view = self.model.explain(source, layers=layers)
-        image = decode(source)
-        height, width = image.shape[:2]
-        shown, box = fitted(image, seen_box(self.model.preprocess, height, width), 320, 1024)
+        assert view.image is not None, "an explanation of an image file keeps the image"
+        assert view.box is not None, "an explanation of an image file knows what the model saw"
+        height, width = image_size(source)
+        shown, box = fitted(view.image, view.box, LEAST, SHOWN)
         similarity = view.position_similarity
         if similarity is not None and similarity.size > MOST_POSITIONS:
             similarity = None
+        last = (view.colours.shape[0], view.colours.shape[1])
         return {
             "picture": {"type": "image/jpeg", "data": _jpeg(shown), "width": shown.shape[1], "height": shown.shape[0]},
             "original": {"width": width, "height": height},
@@ -68,8 +71,10 @@ class Explainer:
             "distance": [[None if math.isnan(d) else round(float(d), 3) for d in row] for row in view.distance],
             "heads": [_heads(view, place) for place in _chosen(view, asked=layers is not None)],
             "depths": None if layers is not None else _depths(view),
-            "positions": None if similarity is None else _array(((similarity + 1) * 127.5).round().astype(np.uint8)),
+            "positions": None if similarity is None else _array(_bytes_of((similarity + 1) / 2)),
             "activation": self._activation(view),
+            "colours": {**_grid(last, view.stride_of(last), None), "cells": _array(_bytes_of(view.colours))},
+            "prefix": list(view.prefix_names),
         }
 
     def _activation(self, view: Explanation) -> dict[str, Any] | None:
@@ -118,7 +123,7 @@ def _heads(view: Explanation, place: int) -> dict[str, Any]:
         "layer": layer,
         "cells": _array(cells),
         "scale": _array(scale),
-        "prefix": _array((maps[..., :prefix] * 255).round().astype(np.uint8)),
+        "prefix": _array(_bytes_of(maps[..., :prefix])),
     }
 
 
@@ -150,8 +155,12 @@ def _depths(view: Explanation) -> list[dict[str, Any]] | None:
 def _bytes(rows: Float[np.ndarray, "*n m"]) -> tuple[np.ndarray, np.ndarray]:
     """Rows as bytes from 0 to the largest of each, and these largest values."""
     scale = rows.max(axis=-1)
-    cells = rows * (255 / np.maximum(scale, np.finfo(np.float32).tiny))[..., None]
-    return cells.round().astype(np.uint8), scale.astype(np.float32)
+    return _bytes_of(rows / np.maximum(scale, np.finfo(np.float32).tiny)[..., None]), scale.astype(np.float32)
+
+
+def _bytes_of(shares: Float[np.ndarray, "*n"]) -> np.ndarray:
+    """Values from 0 to 1 as bytes."""
+    return (shares * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def _array(values: np.ndarray) -> dict[str, Any]:

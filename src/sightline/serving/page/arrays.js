@@ -16,7 +16,8 @@ export function unpackedExplanation(sent) {
   for (const layer of sent.heads) addHeads(heads, layer);
   const depths = sent.depths && sent.depths.map((depth) => ({ cells: unpacked(depth.cells), scale: unpacked(depth.scale) }));
   const activation = sent.activation && { ...sent.activation, cells: unpacked(sent.activation.cells) };
-  return { ...sent, heads, depths, activation, rollout: unpacked(sent.rollout), positions: unpacked(sent.positions) };
+  const colours = { ...sent.colours, cells: unpacked(sent.colours.cells) };
+  return { ...sent, heads, depths, activation, colours, rollout: unpacked(sent.rollout), positions: unpacked(sent.positions) };
 }
 
 /** Puts one layer's maps beside the others. */

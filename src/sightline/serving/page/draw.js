@@ -49,14 +49,14 @@ export function draw(canvas, picture, data, map, { crisp, marked }) {
   context.fillRect(0, Math.max(top, 0), left, Math.min(bottom, height) - Math.max(top, 0));
   context.fillRect(right, Math.max(top, 0), width - right, Math.min(bottom, height) - Math.max(top, 0));
   if (!map) return;
-  const { grid, cells, low, high } = map;
+  const { grid, cells, rgb, low, high } = map;
   const small = new OffscreenCanvas(grid.columns, grid.rows);
   const inside = small.getContext("2d");
   const pixels = inside.createImageData(grid.columns, grid.rows);
-  for (let i = 0; i < cells.length; i++) {
-    const value = Math.min(Math.max((cells[i] - low) / Math.max(high - low, 1e-12), 0), 1);
-    const [r, g, b] = colour(value);
-    pixels.data.set([r, g, b, 60 + 130 * value], 4 * i);
+  for (let i = 0; i < grid.rows * grid.columns; i++) {
+    const value = rgb ? 1 : Math.min(Math.max((cells[i] - low) / Math.max(high - low, 1e-12), 0), 1);
+    const [r, g, b] = rgb ? rgb.subarray(3 * i, 3 * i + 3) : colour(value);
+    pixels.data.set([r, g, b, rgb ? 215 : 60 + 130 * value], 4 * i);
   }
   inside.putImageData(pixels, 0, 0);
   const at = place(data, grid);

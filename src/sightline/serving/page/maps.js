@@ -25,9 +25,7 @@ function asking(data, layer, see, point) {
 
 /** What a prefix token is called. */
 export function tokenName(data, token) {
-  if (token === 0 && data.query !== "mean of patches") return "the class token";
-  if (token === 1 && data.query === "class and distillation tokens") return "the distillation token";
-  return `prefix token ${token + 1}`;
+  return `the ${data.prefix[token] ?? `prefix token ${token + 1}`}`;
 }
 
 function shown(grid, row, asked, unit) {
@@ -82,6 +80,13 @@ export const MAPS = {
       const cells = positionRow(data.positions, cell.row, cell.column);
       return { grid: data.grid, cells, low: -1, high: 1, marked: { grid: data.grid, cell }, words: `Similarity of positions to ${spot(cell)}.` };
     },
+  },
+  colours: {
+    name: "Features",
+    uses: [],
+    meaning: "What the last layer holds of each patch: three principal components as red, green and blue. Patches of like colour are alike to the model.",
+    has: () => true,
+    make: (data) => ({ grid: data.colours, rgb: data.colours.cells, words: "Principal components of the patch features." }),
   },
   activation: {
     name: "Class activation",
