@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 UV := uv==0.13.8
 
-.PHONY: setup demo test lint types contracts unit slow lock clean
+.PHONY: setup demo test lint types contracts unit browser slow lock clean
 
 setup: $(INSTALLED)
 
@@ -36,8 +36,17 @@ types: setup
 contracts: setup
 	$(BIN)/lint-imports
 
-unit: setup
+unit: setup browser
 	$(BIN)/python -m pytest -n 2
+
+# The page is tested in a real browser. Where there is none, root gets Debian's; others are told how to get one.
+browser:
+	@if command -v chromium || command -v chromium-browser || test -x "$$SIGHTLINE_CHROMIUM"; then :; \
+	elif test "$$(id -u)" = 0 && command -v apt-get; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else \
+	  echo "no chromium: install it, run .venv/bin/playwright install chromium, or set SIGHTLINE_CHROMIUM to a browser"; \
+	fi
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

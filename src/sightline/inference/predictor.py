@@ -31,8 +31,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Image:
-    """An image that is ready for the network."""
+class Ready:
+    """An image that has been read: what the network takes of it, and what it is called."""
 
     path: str
     pixels: Float[Tensor, "3 h w"]
@@ -85,13 +85,31 @@ class Predictor:
         answer only; an `Answer` among the sources is passed on. Raises WorkError where the device's memory is too
         small.
         """
+        return self.answers(self._prepared(sources))
+
+    def prepare(self, source: Source | Answer, path: str | None = None) -> Ready | Answer:
+        """Reads one source, which is called `path` where that is given; an `Answer` with an error where it cannot."""
+        if isinstance(source, Answer):
+            return source
+        if path is None:
+            path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "image"
+        try:
+            return Ready(path, *self.preprocess.placed(source))
+        except ImageError as error:
+            return Answer(path, error=f"cannot decode: {error.reason}")
+
+    def answers(self, items: Iterable[Ready | Answer], *, top: int | None = None) -> Iterator[Answer]:
+        """An answer for every item that `prepare` gave, in order, as `predict` groups and answers them.
+
+        `top` is the number of classes in an answer, that of the predictor where None.
+        """
         if not self.labels:
             remedy = "name labels to choose from" if hasattr(self.network.head, "encode_text") else "use embed"
             raise UserError(f"this model has no classifier: it gives features, not predictions ({remedy})")
-        for batch in self._batches(sources):
-            images = [item for item in batch if isinstance(item, _Image)]
-            answers = iter(self._answer(images) if images else [])
-            yield from (next(answers) if isinstance(item, _Image) else item for item in batch)
+        for batch in self._batches(items):
+            images = [item for item in batch if isinstance(item, Ready)]
+            answers = iter(self._answer(images, top or self.top) if images else [])
+            yield from (next(answers) if isinstance(item, Ready) else item for item in batch)
 
     def embed(self, sources: Iterable[Source]) -> Float[Tensor, "n d"]:
         """The feature vectors that the classifier reads, in order, float32 on the CPU.
@@ -99,25 +117,25 @@ class Predictor:
         Raises UserError for the first source that cannot be read, for a matrix has no place for an error.
         """
         rows: list[Tensor] = []
-        for batch in self._batches(sources):
+        for batch in self._batches(self._prepared(sources)):
             for item in batch:
                 if isinstance(item, Answer):
                     raise UserError(f"{printable(item.path)}: {item.error}")
-            rows.append(self._run([item for item in batch if isinstance(item, _Image)], features=True))
+            rows.append(self._run([item for item in batch if isinstance(item, Ready)], features=True))
         if not rows:
             raise UserError("there is no image to embed")
         return torch.cat(rows)
 
-    def _answer(self, images: Sequence[_Image]) -> Iterator[Answer]:
+    def _answer(self, images: Sequence[Ready], top: int) -> Iterator[Answer]:
         output = self._run(images, features=False)
-        predictions = self.network.head.read(output, self.labels, self.top, [image.place for image in images])
+        predictions = self.network.head.read(output, self.labels, top, [image.place for image in images])
         for image, prediction, good in zip(images, predictions, finite(output).tolist(), strict=True):
             if good:
                 yield Answer(image.path, prediction)
             else:
                 yield Answer(image.path, error="the model's answer is not a number: damaged weights, or try fp32")
 
-    def _run(self, images: Sequence[_Image], *, features: bool) -> Any:
+    def _run(self, images: Sequence[Ready], *, features: bool) -> Any:
         pixels = torch.stack([image.pixels for image in images]).to(self.device)
         self.network.eval()
         try:
@@ -132,40 +150,31 @@ class Predictor:
                 f"{self.device} has too little memory for {len(images)} images at a time: choose a smaller batch size"
             ) from error
 
-    def _batches(self, sources: Iterable[Source | Answer]) -> Iterator[list[_Image | Answer]]:
+    def _batches(self, items: Iterable[Ready | Answer]) -> Iterator[list[Ready | Answer]]:
         """Neighbours of equal size, at most `batch_size`, with the failures between them."""
-        batch: list[_Image | Answer] = []
+        batch: list[Ready | Answer] = []
         shape: torch.Size | None = None
-        for item in self._prepared(sources):
-            unlike = isinstance(item, _Image) and shape is not None and item.pixels.shape != shape
+        for item in items:
+            unlike = isinstance(item, Ready) and shape is not None and item.pixels.shape != shape
             if unlike or len(batch) == self.batch_size:
                 yield batch
                 batch, shape = [], None
             batch.append(item)
-            if isinstance(item, _Image):
+            if isinstance(item, Ready):
                 shape = item.pixels.shape
         if batch:
             yield batch
 
-    def _prepared(self, sources: Iterable[Source | Answer]) -> Iterator[_Image | Answer]:
+    def _prepared(self, sources: Iterable[Source | Answer]) -> Iterator[Ready | Answer]:
         """The sources as pixels or failures, in order; reading runs ahead of whoever asks, by `look_ahead`."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sightline-read")
         try:
             running = deque()
             for source in sources:
-                running.append(pool.submit(self._prepare, source))
+                running.append(pool.submit(self.prepare, source))
                 if len(running) == self.look_ahead:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def _prepare(self, source: Source | Answer) -> _Image | Answer:
-        if isinstance(source, Answer):
-            return source
-        path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "image"
-        try:
-            return _Image(path, *self.preprocess.placed(source))
-        except ImageError as error:
-            return Answer(path, error=f"cannot decode: {error.reason}")

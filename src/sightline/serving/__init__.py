@@ -1,0 +1,1 @@
+"""A model over HTTP: the API, the web page, and what protects both."""
