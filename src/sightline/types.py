@@ -151,6 +151,10 @@ class Reply(ABC):
     def rows(self) -> Sequence[Score]:
         """Classes with their scores, one for each row of a table."""
 
+    def cut(self, top: int) -> "Reply":
+        """The same with no more than `top` classes, where the answer is a list of them."""
+        return self
+
     def save(self, write: Callable[[str, bytes], str]) -> "Reply":
         """The answer after what does not fit into JSON was given to `write`: an ending and bytes, for a file's path."""
         return self
@@ -183,6 +187,9 @@ class Prediction(Reply):
 
     def rows(self) -> Sequence[Score]:
         return self.top
+
+    def cut(self, top: int) -> "Prediction":
+        return Prediction(self.top[:top])
 
     def to_json(self) -> dict[str, Any]:
         return {"predictions": [{"label": s.label, "index": s.index, "score": s.score} for s in self.top]}

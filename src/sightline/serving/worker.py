@@ -4,6 +4,7 @@ What is at work when such a process dies is lost with it, and nothing else: an i
 take the server with it. Images are read by threads while the network computes.
 """
 
+import base64
 import json
 import os
 import queue
@@ -27,7 +28,6 @@ from sightline.model import Model, load
 from sightline.serving.explained import Explainer
 from sightline.serving.rejection import Rejection
 from sightline.serving.wire import receive, send
-from sightline.types import Prediction
 
 
 class Order(NamedTuple):
@@ -105,7 +105,7 @@ class Worker:
         answers = self.predictor.answers(items, top=max(order.header["top"] for order in orders))
         documents = []
         for order in orders:
-            own = [_cut(next(answers), order.header["top"]) for _ in order.read]
+            own = [_fit(next(answers), order.header["top"]) for _ in order.read]
             documents.append(self._document(order, to_json(own, order.header["name"], self.model.task)))
         return documents
 
@@ -113,7 +113,8 @@ class Worker:
         answers = [
             self.predictor.prepare(image, name) for image, name in zip(order.images, order.header["names"], strict=True)
         ]
-        predicted = list(self.predictor.answers(answers, top=order.header["top"]))
+        top = order.header["top"]
+        predicted = [_fit(answer, top) for answer in self.predictor.answers(answers, top=top)]
         if order.header["format"] == "npz":
             if predicted[0].error is not None:
                 raise Rejection(422, "unreadable_image", f"{printable(predicted[0].path)}: {predicted[0].error}")
@@ -134,10 +135,15 @@ class Worker:
         return status, json.dumps(document).encode() + b"\n"
 
 
-def _cut(answer: Answer, top: int) -> Answer:
-    if answer.prediction is None or len(answer.prediction.top) <= top:
+def _fit(answer: Answer, top: int) -> Answer:
+    """An answer as a document has it: as many classes as were asked for, and pictures (masks) inside of it."""
+    if answer.prediction is None:
         return answer
-    return Answer(answer.path, Prediction(answer.prediction.top[:top]))
+    return Answer(answer.path, answer.prediction.cut(top).save(_inside))
+
+
+def _inside(ending: str, data: bytes) -> str:
+    return f"data:image/{ending.removeprefix('.')};base64,{base64.b64encode(data).decode()}"
 
 
 def _rejection(fault: Exception) -> Rejection:
