@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import PIL
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
@@ -24,6 +25,7 @@ PILLOW_UNIT = 2.0**22
 TORCH_LARGEST = 2.0**15
 """Below this torch keeps its weights, with as many bits after the point (22 at most) as the largest allows."""
 
+_PILLOW = int(PIL.__version__.split(".")[0])
 _ENLARGED = 2.0**22  # from this many pixels on `Preprocess.resample` computes only what is cut
 
 
@@ -107,10 +109,39 @@ class PixelProgram(nn.Module):
         area = (tall.length * wide.length).clamp(min=_ENLARGED)
         sliver = tall.scaled * wide.scaled > area
         planes = rearrange(image, "h w c -> c h w").to(torch.float64)
-        planes, columns = self._resized(planes, across, wide, self.preprocess.size[1], sliver)
-        planes, rows = self._resized(rearrange(planes, "c h w -> c w h"), down, tall, self.preprocess.size[0], sliver)
+        upright = self._vertical_first(tall, wide, sliver)
+        # Each order of the passes is given the picture where it is the right one, and else a single row.
+        rows, others = (torch.where(upright, *n).to(torch.int64).item() for n in ((1, tall.length), (tall.length, 1)))
+        torch._check(rows >= 1)
+        torch._check(others >= 1)
+        height, width = self.preprocess.size
+        first = planes.index_select(1, torch.arange(rows))
+        first = self._resized(first, across, wide, width, sliver)
+        first = self._resized(
+            rearrange(first, "c h w -> c w h"), torch.arange(rows, dtype=torch.float64), tall, height, sliver
+        )
+        other = rearrange(planes.index_select(1, torch.arange(others)), "c h w -> c w h")
+        other = self._resized(other, torch.arange(others, dtype=torch.float64), tall, height, sliver)
+        other = self._resized(rearrange(other, "c w h -> c h w"), across, wide, width, sliver)
+        planes = torch.where(upright, other, rearrange(first, "c w h -> c h w"))
+        covered = self._covered(tall, height)[:, None] & self._covered(wide, width)
         fill = torch.tensor(self.preprocess.fill, dtype=torch.float64)[:, None, None]
-        return torch.where(rows[:, None] & columns, rearrange(planes, "c w h -> c h w"), fill), (tall, wide)
+        return torch.where(covered, planes, fill), (tall, wide)
+
+    def _vertical_first(self, tall: Side, wide: Side, sliver: Tensor) -> Tensor:
+        """Whether the height is resized before the width: in Pillow from 13 on, where it loses far more pixels."""
+        if _PILLOW < 13:
+            return torch.zeros_like(sliver)
+        sizes = zip((tall, wide), self.preprocess.size, strict=True)
+        height, width = (torch.where(sliver, side.scaled.clamp(max=n), side.scaled) for side, n in sizes)
+        lost = tall.length - height
+        return ((lost > 0) & (lost > 2 * (wide.length - width))) & (sliver | (self.preprocess.kernel == "pillow"))
+
+    @staticmethod
+    def _covered(side: Side, wanted: int) -> Tensor:
+        """Which places of the final size the picture reaches."""
+        places = torch.arange(wanted, dtype=torch.float64) + side.begin
+        return (places >= 0) & (places < side.scaled)
 
     def _sides(self, height: Tensor, width: Tensor) -> tuple[Side, Side]:
         """As `Preprocess.scaled` and what it cuts, with the picture's size known only when the program runs."""
@@ -141,17 +172,16 @@ class PixelProgram(nn.Module):
 
     def _resized(
         self, planes: Float[Tensor, "3 n m"], at: Float[Tensor, " m"], side: Side, wanted: int, sliver: Tensor
-    ) -> tuple[Float[Tensor, "3 n wanted"], Tensor]:
-        """One pass along the last axis, and which of the `wanted` places the picture covers."""
+    ) -> Float[Tensor, "3 n wanted"]:
+        """One pass along the last axis, which holds the pixels `at`."""
         places = torch.arange(wanted, dtype=torch.float64) + side.begin
-        covered = (places >= 0) & (places < side.scaled)
         start, scale, first = self._scale(side, wanted, sliver)
         asked = torch.minimum(places.clamp(min=0), side.scaled - 1) - first
         weights = self._weights(asked, start, scale, side.length, at)
         unit = torch.where(sliver, PILLOW_UNIT, self._unit(side))
         whole = torch.sign(weights) * torch.floor(weights.abs() * unit + 0.5)
         summed = planes @ rearrange(whole, "wanted m -> m wanted")
-        return torch.floor((summed + unit / 2) / unit).clamp(0, 255), covered
+        return torch.floor((summed + unit / 2) / unit).clamp(0, 255)
 
     def _scale(self, side: Side, wanted: int, sliver: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the picture's part begins, how many of its pixels make one, and which place is the first of the part.

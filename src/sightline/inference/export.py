@@ -1,6 +1,7 @@
 """Models as programs for other runtimes, with the pixel contract inside, written only where they answer as predict."""
 
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.checkpoints.atomic import write_atomic
 from sightline.errors import UserError, WorkError, printable
@@ -159,7 +161,8 @@ def _traced(predictor: Predictor, outputs: Outputs, input: Input) -> ExportedPro
         example = torch.zeros(3, 3, *size)
         free = {0: Dim("batch", min=1, max=_LONGEST)}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # The plain form of attention: fused kernels leave memory in an order that their translation does not keep.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(program.eval(), (example,), dynamic_shapes=(free,), strict=False)
     except (RuntimeError, ValueError, NotImplementedError) as fault:
@@ -172,9 +175,11 @@ def _write(program: ExportedProgram, path: Path, format: Format, names: tuple[st
         if format == "torch":
             torch.export.save(program, path, extra_files=about)
             return
-        onnx: Any = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, output_names=list(names), verbose=False
-        )
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what it cannot fold is of no interest
+        with sdpa_kernel(SDPBackend.MATH):
+            onnx: Any = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, output_names=list(names), verbose=False
+            )
         onnx.model.metadata_props.update(about)
         if format == "onnx":
             onnx.save(path)

@@ -47,7 +47,7 @@ def outputs_of(task: str) -> Outputs:
 
 def best(arrays: Arrays) -> np.ndarray:
     """The class of the largest logit, along the last axis."""
-    return arrays["logits"].argmax(axis=-1)
+    return np.asarray(arrays["logits"].argmax(axis=-1))
 
 
 def distances(arrays: Arrays, place: Placement, asked: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sightline.heads.segment import classes_at
@@ -36,7 +36,7 @@ def _between(side: Side, length: int) -> Float[Tensor, "n length"]:
     return (1 - away.abs()).clamp(min=0).to(torch.float32)
 
 
-def _chosen(arrays: Arrays) -> Int[np.ndarray, "h w"]:
+def _chosen(arrays: Arrays) -> UInt8[np.ndarray, "h w"]:
     return arrays["classes"]
 
 
