@@ -15,6 +15,9 @@ from PIL import Image
 
 from command import cli, model, pictures, refusal, trained  # noqa: F401
 from examples import examples
+from parity.clip import LENGTH
+from parity.clip import SMALL as CLIP
+from parity.clip import SMALL_TEXT as CLIP_TEXT
 from sightline.errors import UserError, WorkError
 from sightline.images import program
 from sightline.images.preprocess import Preprocess
@@ -25,6 +28,8 @@ from sightline.inference.export import export
 from sightline.inference.outputs import outputs_of
 from sightline.inference.predictor import Predictor
 from sightline.inference.runtimes import OnnxProgram
+from sightline.inference.zero_shot import ZeroShotNetwork
+from sightline.network import create_model
 from test_networks import KINDS, small
 
 CONTRACT = Preprocess(size=(33, 47), resize_size=(37, 53), kernel="pillow", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
@@ -112,6 +117,16 @@ class TestTasks:
             assert found.min() >= 0
             assert (found <= [93, 71, 93, 71]).all()
             assert found.max() > 47  # pixels of the picture
+
+    def test_texts_are_fixed_where_images_are_held_against_them(self, tmp_path, few):
+        settings = {**CLIP, **CLIP_TEXT, "context_length": LENGTH, "image_size": 32}
+        texts = torch.nn.functional.normalize(torch.randn(5, CLIP["projection_dim"]), dim=-1)
+        network = ZeroShotNetwork(create_model("ViT-B-32-quickgelu", **settings).eval(), texts)
+        model = Predictor(network, CONTRACT.replace(size=(32, 32)), ["a", "b", "c", "d", "é"])
+        done = export(model, tmp_path)
+        (answer,) = model.predict([noise(57, 31)])
+        session = onnxruntime.InferenceSession(done.files[0])
+        assert session.run(["logits"], {"image": noise(57, 31)})[0].argmax() == answer.prediction.index
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)

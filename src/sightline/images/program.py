@@ -13,7 +13,7 @@ from typing import NamedTuple
 import PIL
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from sightline.errors import UserError
@@ -62,14 +62,15 @@ FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 
 class Side(NamedTuple):
-    """One side of a picture on its way to the final size, all scalars in float64.
+    """One side of a picture on its way to the final size; what follows from the picture is a scalar in float64.
 
-    `length` pixels become `scaled`, of which the final size begins at `begin` (negative: how much is filled before).
+    `length` pixels become `scaled`, of which `wanted` are cut from `begin` on (negative: how much is filled before).
     """
 
     length: Tensor
     scaled: Tensor
     begin: Tensor
+    wanted: int
 
 
 class PixelProgram(nn.Module):
@@ -110,21 +111,14 @@ class PixelProgram(nn.Module):
         sliver = tall.scaled * wide.scaled > area
         planes = rearrange(image, "h w c -> c h w").to(torch.float64)
         upright = self._vertical_first(tall, wide, sliver)
-        # Each order of the passes is given the picture where it is the right one, and else a single row.
-        rows, others = (torch.where(upright, *n).to(torch.int64).item() for n in ((1, tall.length), (tall.length, 1)))
-        torch._check(rows >= 1)
-        torch._check(others >= 1)
-        height, width = self.preprocess.size
-        first = planes.index_select(1, torch.arange(rows))
-        first = self._resized(first, across, wide, width, sliver)
-        first = self._resized(
-            rearrange(first, "c h w -> c w h"), torch.arange(rows, dtype=torch.float64), tall, height, sliver
-        )
-        other = rearrange(planes.index_select(1, torch.arange(others)), "c h w -> c w h")
-        other = self._resized(other, torch.arange(others, dtype=torch.float64), tall, height, sliver)
-        other = self._resized(rearrange(other, "c w h -> c h w"), across, wide, width, sliver)
-        planes = torch.where(upright, other, rearrange(first, "c w h -> c h w"))
-        covered = self._covered(tall, height)[:, None] & self._covered(wide, width)
+        # Each order of the passes is given the picture where it is the right one, and else a single row of it.
+        part, at = _top(planes, torch.where(upright, 1, tall.length))
+        part = _turned(self._resized(part, across, wide, sliver))
+        across_first = _turned(self._resized(part, at, tall, sliver))
+        part, at = _top(planes, torch.where(upright, tall.length, 1))
+        part = _turned(self._resized(_turned(part), at, tall, sliver))
+        planes = torch.where(upright, self._resized(part, across, wide, sliver), across_first)
+        covered = _covered(tall)[:, None] & _covered(wide)
         fill = torch.tensor(self.preprocess.fill, dtype=torch.float64)[:, None, None]
         return torch.where(covered, planes, fill), (tall, wide)
 
@@ -132,16 +126,9 @@ class PixelProgram(nn.Module):
         """Whether the height is resized before the width: in Pillow from 13 on, where it loses far more pixels."""
         if _PILLOW < 13:
             return torch.zeros_like(sliver)
-        sizes = zip((tall, wide), self.preprocess.size, strict=True)
-        height, width = (torch.where(sliver, side.scaled.clamp(max=n), side.scaled) for side, n in sizes)
+        height, width = (torch.where(sliver, side.scaled.clamp(max=side.wanted), side.scaled) for side in (tall, wide))
         lost = tall.length - height
         return ((lost > 0) & (lost > 2 * (wide.length - width))) & (sliver | (self.preprocess.kernel == "pillow"))
-
-    @staticmethod
-    def _covered(side: Side, wanted: int) -> Tensor:
-        """Which places of the final size the picture reaches."""
-        places = torch.arange(wanted, dtype=torch.float64) + side.begin
-        return (places >= 0) & (places < side.scaled)
 
     def _sides(self, height: Tensor, width: Tensor) -> tuple[Side, Side]:
         """As `Preprocess.scaled` and what it cuts, with the picture's size known only when the program runs."""
@@ -160,7 +147,8 @@ class PixelProgram(nn.Module):
             ratio = side(height / rows, width / columns)
             scaled = torch.round(height / ratio).clamp(min=1), torch.round(width / ratio).clamp(min=1)
         sides = (
-            Side(n, to, self._begin(to, cut)) for n, to, cut in zip((height, width), scaled, prepare.size, strict=True)
+            Side(n, to, self._begin(to, cut), cut)
+            for n, to, cut in zip((height, width), scaled, prepare.size, strict=True)
         )
         tall, wide = sides
         return tall, wide
@@ -171,26 +159,25 @@ class PixelProgram(nn.Module):
         return torch.where(scaled <= wanted, -torch.floor(-half), cut)
 
     def _resized(
-        self, planes: Float[Tensor, "3 n m"], at: Float[Tensor, " m"], side: Side, wanted: int, sliver: Tensor
+        self, planes: Float[Tensor, "3 n m"], at: Float[Tensor, " m"], side: Side, sliver: Tensor
     ) -> Float[Tensor, "3 n wanted"]:
         """One pass along the last axis, which holds the pixels `at`."""
-        places = torch.arange(wanted, dtype=torch.float64) + side.begin
-        start, scale, first = self._scale(side, wanted, sliver)
-        asked = torch.minimum(places.clamp(min=0), side.scaled - 1) - first
+        start, scale, first = self._scale(side, sliver)
+        asked = torch.minimum(_places(side).clamp(min=0), side.scaled - 1) - first
         weights = self._weights(asked, start, scale, side.length, at)
         unit = torch.where(sliver, PILLOW_UNIT, self._unit(side))
         whole = torch.sign(weights) * torch.floor(weights.abs() * unit + 0.5)
         summed = planes @ rearrange(whole, "wanted m -> m wanted")
         return torch.floor((summed + unit / 2) / unit).clamp(0, 255)
 
-    def _scale(self, side: Side, wanted: int, sliver: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scale(self, side: Side, sliver: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the picture's part begins, how many of its pixels make one, and which place is the first of the part.
 
         Of a sliver only the part that is wanted is computed, between ends that Pillow holds in float32.
         """
         plain = side.length / side.scaled
         first = side.begin.clamp(min=0)
-        count = side.scaled.clamp(max=wanted)
+        count = side.scaled.clamp(max=side.wanted)
         start = (first * plain).to(torch.float32)
         stop = torch.minimum((first + count) * plain, side.length).to(torch.float32)
         cut = (stop - start).to(torch.float64) / count
@@ -230,3 +217,24 @@ class PixelProgram(nn.Module):
         units = torch.tensor([2.0**n for n in range(1, 23)], dtype=torch.float64)
         fits = torch.floor(0.5 + largest * units) < TORCH_LARGEST
         return torch.where(fits, units, torch.ones_like(units)).max()
+
+
+def _places(side: Side) -> Float[Tensor, " wanted"]:
+    """The places of the final size, counted in the enlarged or reduced picture."""
+    return torch.arange(side.wanted, dtype=torch.float64) + side.begin
+
+
+def _covered(side: Side) -> Bool[Tensor, " wanted"]:
+    """Which of them the picture reaches."""
+    return (_places(side) >= 0) & (_places(side) < side.scaled)
+
+
+def _top(planes: Float[Tensor, "3 h w"], rows: Tensor) -> tuple[Float[Tensor, "3 r w"], Float[Tensor, " r"]]:
+    """The first rows, as many as a scalar says, and their numbers."""
+    count = rows.to(torch.int64).item()
+    torch._check(count >= 1)
+    return planes.index_select(1, torch.arange(count)), torch.arange(count, dtype=torch.float64)
+
+
+def _turned(planes: Float[Tensor, "3 a b"]) -> Float[Tensor, "3 b a"]:
+    return rearrange(planes, "c a b -> c b a")

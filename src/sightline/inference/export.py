@@ -57,7 +57,7 @@ class PictureProgram(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         pixels, sides = self.prepare(image)
-        return self.outputs.compute(self.network(pixels), sides, self.prepare.preprocess.size)
+        return self.outputs.compute(self.network(pixels), sides)
 
 
 class PixelsProgram(nn.Module):

@@ -22,7 +22,7 @@ class Outputs:
 
     `names` are what a program for pictures gives, `plain` what one for prepared pixels gives, a batch at a time: the
     network's own output. `compute` turns the network's output for one picture into the arrays inside the program, given
-    the two sides of the picture and the network's input size; `expected` does so by what `predict` itself uses.
+    the two sides of the picture; `expected` does so by what `predict` itself uses.
     `chosen` is what the arrays decide (a class, one for each query, for each pixel), and `margins` by how much they
     decide it where a mask [of chosen's shape] asks: the distance of the two largest logits. `per_pixel` names the
     arrays that are measured in pixels of the picture.
@@ -30,7 +30,7 @@ class Outputs:
 
     names: tuple[str, ...]
     plain: tuple[str, ...]
-    compute: Callable[[Any, tuple[Side, Side], tuple[int, int]], tuple[Tensor, ...]]
+    compute: Callable[[Any, tuple[Side, Side]], tuple[Tensor, ...]]
     expected: Callable[[Any, Placement], tuple[Tensor, ...]]
     chosen: Callable[[Arrays], np.ndarray]
     margins: Callable[[Arrays, Placement, np.ndarray], np.ndarray]

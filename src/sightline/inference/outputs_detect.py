@@ -15,11 +15,9 @@ def _expected(output: Detected, place: Placement) -> tuple[Float[Tensor, "q k1"]
     return output.logits[0], original(corners(output.boxes.float())[0], place)
 
 
-def _compute(
-    output: Detected, sides: tuple[Side, Side], size: tuple[int, int]
-) -> tuple[Float[Tensor, "q k1"], Float[Tensor, "q 4"]]:
-    rows, columns = size
+def _compute(output: Detected, sides: tuple[Side, Side]) -> tuple[Float[Tensor, "q k1"], Float[Tensor, "q 4"]]:
     tall, wide = sides
+    rows, columns = tall.wanted, wide.wanted
     inside = corners(output.boxes)[0] * torch.tensor([columns, rows, columns, rows], dtype=torch.float32)
     begins = torch.stack([wide.begin, tall.begin, wide.begin, tall.begin]).to(torch.float32)
     scales = torch.stack([side.scaled / side.length for side in (wide, tall, wide, tall)]).to(torch.float32)

@@ -18,21 +18,21 @@ def _expected(output: Float[Tensor, "1 k rows columns"], place: Placement) -> tu
 
 
 def _compute(
-    output: Float[Tensor, "1 k rows columns"], sides: tuple[Side, Side], size: tuple[int, int]
+    output: Float[Tensor, "1 k rows columns"], sides: tuple[Side, Side]
 ) -> tuple[Float[Tensor, "k rows columns"], Tensor]:
     """As `classes_at`, with products of matrices in place of a grid of points."""
-    down, across = (_between(side, length) for side, length in zip(sides, size, strict=True))
+    down, across = (_between(side) for side in sides)
     maps = down @ output[0] @ rearrange(across, "w columns -> columns w")
     return output[0], maps.argmax(dim=0).to(torch.uint8)
 
 
-def _between(side: Side, length: int) -> Float[Tensor, "n length"]:
-    """What each of `length` rows contributes to each row of the picture, whose nearest edge stands for what is not."""
+def _between(side: Side) -> Float[Tensor, "n wanted"]:
+    """What each row of the input contributes to each of the picture; beyond its edges the nearest row counts."""
     count = side.length.to(torch.int64).item()
     torch._check(count >= 1)
     centres = (torch.arange(count, dtype=torch.float64) + 0.5) * (side.scaled / side.length) - side.begin
-    at = (centres - 0.5).clamp(0, length - 1)
-    away = at[:, None] - torch.arange(length, dtype=torch.float64)
+    at = (centres - 0.5).clamp(0, side.wanted - 1)
+    away = at[:, None] - torch.arange(side.wanted, dtype=torch.float64)
     return (1 - away.abs()).clamp(min=0).to(torch.float32)
 
 
