@@ -15,7 +15,6 @@ from PIL import Image
 
 from command import cli, model, pictures, refusal, trained  # noqa: F401
 from examples import examples
-from parity.clip import LENGTH
 from parity.clip import SMALL as CLIP
 from parity.clip import SMALL_TEXT as CLIP_TEXT
 from sightline.errors import UserError, WorkError
@@ -28,8 +27,9 @@ from sightline.inference.export import export
 from sightline.inference.outputs import outputs_of
 from sightline.inference.predictor import Predictor
 from sightline.inference.runtimes import OnnxProgram
-from sightline.inference.zero_shot import ZeroShotNetwork
+from sightline.model import Model
 from sightline.network import create_model
+from sightline.texts.vocabularies import learned
 from test_networks import KINDS, small
 
 CONTRACT = Preprocess(size=(33, 47), resize_size=(37, 53), kernel="pillow", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
@@ -119,14 +119,19 @@ class TestTasks:
             assert found.max() > 47  # pixels of the picture
 
     def test_texts_are_fixed_where_images_are_held_against_them(self, tmp_path, few):
-        settings = {**CLIP, **CLIP_TEXT, "context_length": LENGTH, "image_size": 32}
-        texts = torch.nn.functional.normalize(torch.randn(5, CLIP["projection_dim"]), dim=-1)
-        network = ZeroShotNetwork(create_model("ViT-B-32-quickgelu", **settings).eval(), texts)
-        model = Predictor(network, CONTRACT.replace(size=(32, 32)), ["a", "b", "c", "d", "é"])
+        words = learned(["a red circle and a blue square", "a green star"] * 3, 540)
+        settings = {**CLIP, **CLIP_TEXT, "context_length": 13, "image_size": 32, "vocab_size": len(words)}
+        network = create_model("ViT-B-32-quickgelu", **settings).eval()
+        whole = Model(network, CONTRACT.replace(size=(32, 32)), (), "clip", vocabulary=words)
+        with pytest.raises(UserError, match="name --labels"):
+            export(whole.predictor(), tmp_path)
+        model = whole.predictor(labels=["red star", "green circle"], device="cpu", precision="fp32")
         done = export(model, tmp_path)
+        assert json.loads(done.labels.read_text()) == ["red star", "green circle"]
         (answer,) = model.predict([noise(57, 31)])
-        session = onnxruntime.InferenceSession(done.files[0])
-        assert session.run(["logits"], {"image": noise(57, 31)})[0].argmax() == answer.prediction.index
+        logits = onnxruntime.InferenceSession(done.files[0]).run(["logits"], {"image": noise(57, 31)})[0]
+        scores = torch.from_numpy(logits).softmax(dim=0)
+        assert scores.max().item() == pytest.approx(answer.prediction.score, abs=1e-4)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)

@@ -215,7 +215,7 @@ class DetectHead(nn.Module):
 
     def forward(self, tokens: Tokens, area: Area | None = None) -> Detected | DetectedLayers:
         """The answers of the last decoder layer; in training those of all."""
-        batch, rows = len(tokens.x), tokens.grid[0]
+        batch, rows = tokens.x.shape[0], tokens.grid[0]
         mask = tokens.mask
         real = tokens.patches.new_ones(batch, rows * tokens.grid[1], dtype=torch.bool)
         real = real if mask is None else mask[:, tokens.prefix :]
@@ -239,7 +239,7 @@ class DetectHead(nn.Module):
         placed = memory + places
         reference = None
         if self.queries is not None:
-            asked, among = self.queries[None].expand(len(memory), -1, -1), None
+            asked, among = self.queries[None].expand(memory.shape[0], -1, -1), None
             x = torch.zeros_like(asked)
         else:
             assert self.anchor is not None
