@@ -125,7 +125,7 @@ def test_a_plain_folder_suffices_and_training_goes_on_from_it(loose, few, tmp_pa
     model = sightline.load(out)
     assert list(model.labels) == []
     assert model.embed([next(loose.glob("*.png"))]).shape == (1, 16)
-    assert "learned without" not in (out / "README.md").read_text()
+    assert "image-feature-extraction" in (out / "README.md").read_text()
     tuned = cli("train", few, "--weights", out, "--epochs", 1, "--workers", 0, "--out", tmp_path / "tuned", "--json")
     assert tuned.status == 0, tuned.err
     before, after = load_file(out / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")
