@@ -133,7 +133,7 @@ class Numbers:
 
     def whole(self, low: int, high: int, *shape: int) -> Int64[np.ndarray, "*shape"]:
         """Whole numbers from `low` to below `high`."""
-        return low + (self.uniform(*shape) * (high - low)).astype(np.int64)
+        return np.asarray(low + (self.uniform(*shape) * (high - low)).astype(np.int64))
 
     def bytes(self, count: int) -> UInt8[np.ndarray, " count"]:
         """So many bytes."""
