@@ -9,6 +9,18 @@ from sightline.recipes.from_scratch import teaching
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
+SHIPPED = "builtin:tiny"
+"""The weights that come with Sightline."""
+
+SIDE, MOST = 32, 5_000
+"""Pixels along the shorter side from which, and number of images below which, learning from `SHIPPED` is ahead of
+learning from random weights (docs/decisions/protocols-tiny.md)."""
+
+
+def ahead_of_scratch(facts: Facts) -> bool:
+    """Whether the weights that ship are the better start for such images, by what was measured."""
+    return facts.side >= SIDE and facts.images < MOST
+
 
 def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) -> Recipe:
     """A present-day default: AdamW whose rate falls towards the input (arXiv 2106.08254), random crops, smoothing."""
@@ -77,7 +89,8 @@ def fine_tune_small(facts: Facts, architecture: Architecture, preprocess: Prepro
 
     What small networks bear on small images: Muon, slight turns and shifts, no crops (`from_scratch`).
     """
-    like = teaching(facts, architecture, ["the weights have learned before, so that the rate is half of theirs"], None)
+    why = f"{facts.images:,} images of {facts.classes} classes go further with weights that have learned before"
+    like = teaching(facts, architecture, [f"{why} (--weights none begins with random ones)"], None)
     return replace(
         like,
         name="fine-tune-small",

@@ -41,6 +41,8 @@ class Task(ABC):
     score: ClassVar[str]
     report: ClassVar[type[Report]]
     vocabulary: Vocabulary | None = None
+    warm: ClassVar[bool] = False
+    """Whether the weights that ship were measured to be the better start for it."""
 
     def open(self, source: str | Path, seed: int) -> Splits:
         """The images of a dataset with what is marked in them. Raises UserError."""
