@@ -47,7 +47,12 @@ def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) ->
         no = Rejection(fault.status_code, "http", HTTPStatus(fault.status_code).phrase.lower())
         return _reply(Reply(no.status, no.body()), dict(fault.headers or {}))
 
+    async def unforeseen(_request: Request, _fault: Exception) -> Response:
+        no = Rejection(500, "unforeseen", "the request could not be answered; the server's log has the reason")
+        return _reply(Reply(no.status, no.body()))
+
     app.add_exception_handler(Rejection, rejected)
+    app.add_exception_handler(Exception, unforeseen)
     app.add_exception_handler(HTTPException, no_route)
 
     async def answer(request: Request, kind: str, parameters: Mapping[str, Any]) -> Reply:
