@@ -281,9 +281,9 @@ class TestSlowClients:
             assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
-            with pytest.raises(OSError, match="reset|[Bb]roken pipe"):  # nobody reads on, and the connection ends
-                for _ in range(300):
-                    client.sendall(b"f4240\r\n" + bytes(1_000_000) + b"\r\n")
+            chunk = b"f4240\r\n" + bytes(1_000_000) + b"\r\n"
+            with pytest.raises(ConnectionError):  # nobody reads on
+                client.sendall(60 * chunk)
 
 
 class TestMetrics:
