@@ -21,6 +21,7 @@ from sightline.objectives.supervised import Supervised
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.registry import find
 from sightline.reports.report import Report
+from sightline.schema import require
 from sightline.training.chart import Labels
 from sightline.training.settings import Settings
 
@@ -64,7 +65,9 @@ class Task(ABC):
         return recipe
 
     def objective(self, network: Network, settings: Settings) -> Objective:
-        """What is minimised."""
+        """What is minimised. Raises UserError for settings that only images with one class each can have."""
+        for name in ("mixup", "cutmix", "smoothing"):
+            require(not getattr(settings, name), f"{name} is for images with one class each, not for '{self.name}'")
         return Supervised(network)
 
     @abstractmethod
