@@ -42,7 +42,10 @@ ODD = [
     *("<|ENDOFTEXT|>", "x<|endoftext|>y", "a<|startoftext|> b", "ΣΑΣ Σ", "İI", "e\u0301é", "ﬁ ﷺ", "\u0130\u03a3"),
     *("\ufeffbom", "a\u200db", "🏳️‍🌈 flag", "1234567890", "٣٤ Ⅻ ½ ²", "&amp;&lt;br&gt;", "http://x.y/z?q=1", "\0\0"),
 ]
-WORDS = ["a", "photo", "of", "the", "red", "circle", "cat", "it's", "don't", "we're", "antidisestablishmentarianism", "2024", "café", "naïve", "Straße", "x_y"]
+WORDS = [
+    *("a", "photo", "of", "the", "red", "circle", "cat", "it's", "don't", "we're", "antidisestablishmentarianism"),
+    *("2024", "café", "naïve", "Straße", "x_y"),
+]
 
 
 def texts(count: int) -> list[str]:
