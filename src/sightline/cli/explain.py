@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sightline.cli.options import add_device
+from sightline.cli.options import add_device, add_texts, lines
 
 SUMMARY = "Show where a model looks: rollout, heads, distances, class activation, filters; pictures, arrays, a page."
 EXAMPLE = "sightline explain runs/photos cat.jpg --out cat-explained"
@@ -21,6 +21,7 @@ def arguments(parser: Any) -> None:
         "--layers", type=int, nargs="+", metavar="N", help="attention layers whose heads are shown, from 1"
     )
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_texts(parser)
     add_device(parser)
 
 
@@ -34,17 +35,19 @@ def run(request: argparse.Namespace) -> int:
     from sightline.inference.predictor import Answer
     from sightline.model import load
 
-    model = load(request.model, architecture=request.architecture)
+    model = load(request.model, architecture=request.architecture, vocabulary=request.vocabulary)
+    labels, prompts = lines(request.labels, ","), lines(request.prompts, "|")
+    network, names = model.asked(labels, prompts)
     depth = attention_layers(model.network.backbone)
     for layer in request.layers or ():
         if not 1 <= layer <= depth:
             raise UserError(no_layer(layer, depth, 1))
     layers = None if request.layers is None else [layer - 1 for layer in request.layers]
-    predictor = model.predictor(device=request.device, precision=request.precision)
+    predictor = model.predictor(labels=labels, prompts=prompts, device=request.device, precision=request.precision)
     sources = list(expand(request.images))
-    names = folder_names(s.path if isinstance(s, Answer) else s for s in sources)
+    folders = folder_names(s.path if isinstance(s, Answer) else s for s in sources)
     results: list[dict[str, Any]] = []
-    for source, name in zip(sources, names, strict=True):
+    for source, name in zip(sources, folders, strict=True):
         (answer,) = predictor.predict([source])
         if answer.prediction is None:
             results.append({"path": answer.path, "error": answer.error})
@@ -53,14 +56,14 @@ def run(request: argparse.Namespace) -> int:
         folder = Path(request.out) / name
         reply = stored(answer.prediction, folder, "mask")
         _, page = explain_image(
-            model.network,
+            network,
             model.preprocess,
             str(source),
             folder,
             name=Path(str(source)).name,
             prediction=reply,
             layers=layers,
-            labels=model.labels,
+            labels=names,
         )
         arrays = folder / "explanation.npz"
         results.append({"path": answer.path, "page": str(page), "arrays": str(arrays), **reply.to_json()})

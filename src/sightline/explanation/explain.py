@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.checkpoints.atomic import write_atomic
 from sightline.errors import UserError
@@ -48,7 +48,8 @@ class Explanation:
     of the patches and a dense layer. `gaze` are the maps of the head's own attention, the mean over its heads, for each
     of `gaze_words`: the objects that a detector found, or the classes that a mask transformer told apart; None for
     heads without attention. `position_similarity` is the cosine between position vectors, and `filters` the
-    principal components of the first convolution; None for models without them.
+    principal components of the first convolution; None for models without them. `text_similarity` is the cosine between
+    each patch and each of `texts`, for networks that were asked about them; None for others.
     """
 
     rollout: Float[np.ndarray, "rows columns"] | None
@@ -70,6 +71,8 @@ class Explanation:
     gaze_words: tuple[str, ...]
     position_similarity: Float[np.ndarray, "rows columns rows columns"] | None
     filters: Filters | None
+    text_similarity: Float[np.ndarray, "texts rows columns"] | None = None
+    texts: tuple[str, ...] = ()
 
     @property
     def rollout_scaled(self) -> Float[np.ndarray, "rows columns"] | None:
@@ -126,6 +129,7 @@ class Explanation:
             "rollout_raw": self.rollout_raw,
             "activation": self.activation,
             "gaze": self.gaze,
+            "text_similarity": self.text_similarity,
             "position_similarity": self.position_similarity,
         }
         named |= {name: cells for name, cells in maps.items() if cells is not None}
@@ -178,7 +182,7 @@ class Explanation:
 
 
 def explain(
-    network: nn.Module,
+    network: Any,
     pixels: Float[Tensor, "*b 3 h w"],
     *,
     layers: Sequence[int] | None = None,
@@ -210,6 +214,7 @@ def explain(
         head: Any = network.head
         tokens, calls = record(backbone, batch.to(first.device, first.dtype))
         gaze, words = _gaze(network, tokens, size, labels)
+        reads = hasattr(network, "similarity")
         found = [laid_out(backbone, call, size) for call in calls]
         chosen = _choose(found, layers)
         grids = tuple(layer.seats.grid for layer in found)
@@ -242,6 +247,8 @@ def explain(
             gaze_words=words,
             position_similarity=None if similarity is None else similarity.cpu().numpy(),
             filters=patch_filters(backbone),
+            text_similarity=network.similarity(tokens).float().cpu().numpy() if reads else None,
+            texts=tuple(labels or ()) if reads else (),
         )
 
 
