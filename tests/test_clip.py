@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,27 @@ from sightline.network import ImageTextNetwork, create_model, describe
 from sightline.objectives.clip import Contrastive, contrastive_loss, same_text, sigmoid_loss
 from sightline.texts.vocabularies import folder_files, learned
 from sightline.types import Batch
+
+
+class Tree(nn.Module):
+    """A module that does nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _tree(tensors: dict[str, Tensor]) -> nn.Module:
+    """Modules whose state dict this is."""
+    root = Tree()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        here: nn.Module = root
+        for part in path:
+            if part not in dict(here.named_children()):
+                here.add_module(part, Tree())
+            here = here.get_submodule(part)
+        here.register_buffer(last, tensor)
+    return root
 
 
 def small(**settings) -> ImageTextNetwork:
@@ -288,6 +310,22 @@ class TestFiles:
         plain = sightline.load(tmp_path / "clip.safetensors", num_heads=3, text_heads=5, activation="gelu")
         pixels = torch.randn(1, 3, 32, 32)
         assert not torch.allclose(quick.network(pixels), plain.network(pixels), atol=1e-3)
+
+    def test_openai_s_own_files_are_programs_and_are_read_without_running(self, tmp_path: Path) -> None:
+        tensors = flat(reference())
+        numbers = {"input_resolution": 32, "context_length": LENGTH, "vocab_size": WORDS}
+        named = {name: tensor.half() for name, tensor in tensors.items()}
+        named |= {name: torch.tensor(number) for name, number in numbers.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.script(_tree(named)).save(tmp_path / "ViT-B-32.pt")
+        loaded = sightline.load(tmp_path / "ViT-B-32.pt", num_heads=3, text_heads=5)
+        torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "plain.pt")
+        plain = sightline.load(tmp_path / "plain.pt", num_heads=3, text_heads=5)
+        assert loaded.network.architecture == plain.network.architecture
+        for name, tensor in plain.network.state_dict().items():
+            assert torch.equal(tensor, loaded.network.state_dict()[name])
+        assert any("TorchScript" in note for note in loaded.coverage.notes)
 
     def test_other_settings_of_transformers_are_refused(self, tmp_path: Path) -> None:
         reference().save_pretrained(tmp_path)
