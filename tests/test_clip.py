@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import sightline
 from parity.clip import LENGTH, SMALL, SMALL_TEXT, WORDS, flat, ids_of, reference
 from sightline.backbones.text import TextTower
 from sightline.checkpoints.load import load_bundle
+from sightline.checkpoints.sealed import sealed
 from sightline.errors import UserError
 from sightline.evaluation.retrieval import Retrieval, recall
 from sightline.evaluation.zero_shot import ZeroShot
@@ -25,7 +27,8 @@ from sightline.inference.zero_shot import class_vectors
 from sightline.model import Model
 from sightline.network import ImageTextNetwork, create_model, describe
 from sightline.objectives.clip import Contrastive, contrastive_loss, same_text, sigmoid_loss
-from sightline.texts.vocabularies import folder_files, learned
+from sightline.texts.byte_pairs import Vocabulary
+from sightline.texts.vocabularies import folder_files, learned, to_json
 from sightline.types import Batch
 
 
@@ -301,6 +304,12 @@ class TestFiles:
         (tmp_path / "again" / "vocabulary.json").write_bytes((tmp_path / "again" / "config.json").read_bytes())
         with pytest.raises(UserError, match=r"vocabulary\.json"):
             sightline.load(tmp_path / "again")
+        same_size = Vocabulary(
+            (*model.vocabulary.tokens[512:], *model.vocabulary.tokens[:512]), model.vocabulary.merges
+        )
+        (tmp_path / "again" / "vocabulary.json").write_bytes(sealed(to_json(same_size)))
+        with pytest.raises(UserError, match="not the vocabulary that the model was saved with"):
+            sightline.load(tmp_path / "again")
 
     def test_a_flat_file_that_is_not_openai_s_has_to_say_its_activation(self, tmp_path: Path) -> None:
         save_file(flat(reference()), tmp_path / "clip.safetensors")
@@ -326,6 +335,16 @@ class TestFiles:
         for name, tensor in plain.network.state_dict().items():
             assert torch.equal(tensor, loaded.network.state_dict()[name])
         assert any("TorchScript" in note for note in loaded.coverage.notes)
+
+    def test_a_program_that_holds_itself_is_refused(self, tmp_path: Path) -> None:
+        # PROTO 2, an object of a program into the memo, and its attributes: itself and, beside it, another name of it
+        program = (
+            b"\x80\x02c__torch__\nM\n)\x81q\x00}q\x01(X\x04\x00\x00\x00selfq\x02h\x00X\x01\x00\x00\x00aq\x03h\x00ub."
+        )
+        with zipfile.ZipFile(tmp_path / "loop.pt", "w") as archive:
+            archive.writestr("m/data.pkl", program)
+        with pytest.raises(UserError, match="twice"):
+            sightline.load(tmp_path / "loop.pt")
 
     def test_other_settings_of_transformers_are_refused(self, tmp_path: Path) -> None:
         reference().save_pretrained(tmp_path)
