@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as tool
 
 from sightline.datasets.scenes import SHAPES, scene
 
@@ -14,8 +15,6 @@ IDS = {name: 7 * i + 3 for i, name in enumerate(reversed(SHAPES))}
 
 def packed(mask: np.ndarray) -> str:
     """A mask as COCO's text of run lengths, by pycocotools."""
-    from pycocotools import mask as tool
-
     return tool.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
 
 

@@ -20,22 +20,23 @@ class OriginalSegmenter(OriginalViT):
         for name, value in PLAIN.items()
         if name not in ("fc_norm", "global_pool", "pre_logits", "distilled", "distillation_token")
     } | {"activation": "gelu", "qkv_bias": True}
-    former: ClassVar[Mapping[str, str]] = {r"^encoder\.": ""}
-    dropped = r"head(_dist)?\.(weight|bias)"
+    dropped = r"encoder\.head(_dist)?\.(weight|bias)"
 
     def recognises(self, shapes: Shapes) -> bool:
-        return "cls_token" in shapes and ("decoder.cls_emb" in shapes or "decoder.head.weight" in shapes)
+        return "encoder.cls_token" in shapes and ("decoder.cls_emb" in shapes or "decoder.head.weight" in shapes)
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
-        distilled = "dist_token" in shapes
+        inner = {name.removeprefix("encoder."): shape for name, shape in shapes.items() if name.startswith("encoder.")}
+        encoder = Shapes(inner, shapes.where, lambda name: shapes.named(f"encoder.{name}"))
+        distilled = "dist_token" in encoder
         masks = "decoder.cls_emb" in shapes
         classes = shapes.of("decoder.cls_emb", 3)[1] if masks else shapes.of("decoder.head.weight", 2)[0]
         return {
-            **super().measure(shapes, image_size),
+            **super().measure(encoder, image_size),
             "distillation_token": distilled,
             "norm_eps": 1e-5,
             "partial_patches": "pad",
-            "patches": shapes.of("pos_embed", 3)[1] - 1 - distilled,
+            "patches": encoder.of("pos_embed", 3)[1] - 1 - distilled,
             "decoder": "mask" if masks else "linear",
             "decoder_layers": shapes.count(r"decoder\.blocks\.(\d+)\.") if masks else 2,
             "num_classes": classes,

@@ -58,7 +58,7 @@ def hold_out(images: ImageSet, source: str, *, seed: int, share: float, notes: S
         if whole:
             raise UserError(f"{printable(source)}: {len(images)} images are too few to hold one out")
         raise UserError(f"{printable(source)}: no class has more than one image, so that none is left to validate with")
-    told = [f"{share:.0%} of {'the images' if whole else 'each class'} is held out for validation, by seed {seed}"]
+    told = [f"{share:.0%} of {'the images are' if whole else 'each class is'} held out for validation, by seed {seed}"]
     if lone := [name for name, count in counts.items() if count == 1]:
         told.append(f"with a single image each, these classes have none to validate with: {some(lone)}")
     train, val = (images.select(np.flatnonzero(part)) for part in (~held, held))

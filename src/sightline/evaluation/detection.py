@@ -63,7 +63,7 @@ class Boxes(Measure):
 
     def metrics(self) -> dict[str, float]:
         figures = self._figures()
-        return {name: figures[name] for name in (*FIGURES, *AR)}
+        return {name: figures[name] for name in (*FIGURES, "ar100")}
 
     def headline(self) -> str:
         figures = self._figures()
@@ -83,7 +83,9 @@ class Boxes(Measure):
         return rows
 
     def details(self, labels: Sequence[str]) -> Mapping[str, Any]:
-        return {"labels": list(labels), "per_class": self.per_class(labels)}
+        figures = self._figures()
+        recall = {name: figures[name] for name in AR}
+        return {"labels": list(labels), "per_class": self.per_class(labels), "average_recall": recall}
 
     def worst(self) -> list[int]:
         """The images with most objects missed or made up, by boxes that overlap by half and have a score of a half."""

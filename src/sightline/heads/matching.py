@@ -107,7 +107,7 @@ def layer_loss(
     """
     batch = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(matches)])
     queries = torch.cat([queries for queries, _ in matches])
-    labels = torch.cat([t.labels[objects] for t, (_, objects) in zip(targets, matches, strict=True)])
+    labels = torch.cat([t.labels[objects] for t, (_, objects) in zip(targets, matches, strict=True)]).long()
     wanted = torch.cat([t.boxes[objects] for t, (_, objects) in zip(targets, matches, strict=True)])
     nothing = logits.shape[-1] - 1
     classes = torch.full(logits.shape[:2], nothing, dtype=torch.int64, device=logits.device)

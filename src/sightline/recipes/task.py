@@ -100,7 +100,9 @@ class Task(ABC):
         return recipe
 
     def objective(self, network: Network, settings: Settings) -> Objective:
-        """What is minimised."""
+        """What is minimised. Raises UserError for settings that only images with one class each can have."""
+        for name in ("mixup", "cutmix", "smoothing"):
+            require(not getattr(settings, name), f"{name} is for images with one class each, not for '{self.name}'")
         return Supervised(network)
 
     @abstractmethod
