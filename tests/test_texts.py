@@ -43,22 +43,8 @@ ODD = [
     *("\ufeffbom", "a\u200db", "🏳️‍🌈 flag", "1234567890", "٣٤ Ⅻ ½ ²", "&amp;&lt;br&gt;", "http://x.y/z?q=1", "\0\0"),
 ]
 WORDS = [
-    "a",
-    "photo",
-    "of",
-    "the",
-    "red",
-    "circle",
-    "cat",
-    "it's",
-    "don't",
-    "we're",
-    "antidisestablishmentarianism",
-    "2024",
-    "café",
-    "naïve",
-    "Straße",
-    "x_y",
+    *("a", "photo", "of", "the", "red", "circle", "cat", "it's", "don't", "we're", "antidisestablishmentarianism"),
+    *("2024", "café", "naïve", "Straße", "x_y"),
 ]
 
 

@@ -117,6 +117,10 @@ class Page:
         if explanation.gaze is not None:
             pictures = [self._over(cells) for cells in explanation.gaze]
             self._png["gaze.png"] = png(sheet(pictures, list(map(printable, explanation.gaze_words)), 3))
+        if explanation.text_similarity is not None:
+            least = float(explanation.text_similarity.min())
+            pictures = [self._over(cells - least) for cells in explanation.text_similarity]
+            self._png["texts.png"] = png(sheet(pictures, list(map(printable, explanation.texts)), 3))
         over = {method: self._over(cells) for method, cells in maps_of(explanation, self.methods).items()}
         self._png |= {_FILES[method]: png(Image.fromarray(picture)) for method, picture in over.items()}
         if over:
@@ -165,8 +169,8 @@ class Page:
 
     def html(self) -> str:
         """The page: pictures inside, nothing loaded from elsewhere."""
-        sections = [self._answer(), self._gaze(), self._rollouts(), self._activation(), self._judged(), self._heads()]
-        sections += [self._masks(), self._distances(), self._features()]
+        sections = [self._answer(), self._texts(), self._gaze(), self._rollouts(), self._activation()]
+        sections += [self._judged(), self._heads(), self._masks(), self._distances(), self._features()]
         sections += [positions_section(self._png), filters_section(self._png)]
         return document(f"What the model looked at in {self.name}", "\n".join(filter(None, sections)))
 
@@ -184,6 +188,16 @@ class Page:
         return (
             "<h2>The head's own attention</h2><p>What each of these, an object that was found or a class that was told "
             f"apart, asks of the patches. Colours reach from 0 to the largest share.</p>{figure}"
+        )
+
+    def _texts(self) -> str:
+        if "texts.png" not in self._png:
+            return ""
+        figure = self._figure("texts.png", "The cosine of each patch and each text")
+        return (
+            "<h2>Where the texts are</h2><p>How near each patch lies to each text, in the space in which whole images "
+            "are compared with texts. Each picture has its own scale, from the least cosine of all to its largest: it "
+            f"shows where, not how well.</p>{figure}"
         )
 
     def _figure(self, name: str, caption: str) -> str:
