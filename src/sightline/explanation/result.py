@@ -58,8 +58,8 @@ class Explanation:
     principal components as red, green and blue from 0 to 1, and `colours_variance` has these components' shares of the
     variance. `norms` are the Euclidean norms of the last patches before the final norm, `prefix_norms` those of the
     prefix tokens. `text_similarity` is the cosine between each patch and each of `texts`, for networks that were asked
-    about them; None for others. `image` is the upright image, at most `SHOWN` pixels long, and `box` the part of it that
-    the model saw; None where only pixels were given.
+    about them; None for others. `image` is the upright image, at most `SHOWN` pixels long, and `box` the part of it
+    that the model saw; None where only pixels were given.
     """
 
     rollout: Float[np.ndarray, "rows columns"] | None
