@@ -72,7 +72,7 @@ class TestRequests:
             ("", "VERB"),
             ("predict m x.jpg --top many", "--top"),
             ("train photos --image-size 12y", "'12y' is not a size like 224 or 160x96"),
-            ("train photos --task dance", "--task"),
+            ("train photos --task dance", "unknown task 'dance'"),
             ("train ''", "empty"),
         ],
     )
