@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,12 @@ def test_a_loss_that_never_leaves_its_baseline_is_named():
     healthy = Learner()
     healthy.doctor.chart.pace = 20.0
     assert healthy.learns(around(0.8, 240), baseline=0.99).kinds() == []
+
+
+def test_a_decoder_that_begins_worse_than_none_has_not_diverged():
+    falling = np.linspace(1.75, 0.8, 120)
+    assert Learner().learns(falling, baseline=0.9).kinds() == []
+    assert "divergence" in Learner().learns([*falling, *around(3.0, 40)], baseline=0.9).kinds()
 
 
 def test_without_labels_the_scale_is_the_baseline():
