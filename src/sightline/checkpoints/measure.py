@@ -77,7 +77,7 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
 
 
 def _counted(facts: Facts, architecture: Architecture) -> Facts:
-    """The facts where the rows of positions that were taken for those of tokens are patches' by what is known besides."""
+    """The facts, with rows of positions that were taken for those of tokens counted as those of patches."""
     wrong = facts.settings.get("class_position") and not getattr(architecture.backbone, "class_position", True)
     if facts.patches is None or not wrong:
         return facts

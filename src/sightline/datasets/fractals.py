@@ -226,7 +226,7 @@ def _turned(q: Float64[np.ndarray, "4 n"]) -> Float64[np.ndarray, "3 3 n"]:
     return np.stack([np.stack([cell / n for cell in row]) for row in rows])
 
 
-def _times(left: Float64[np.ndarray, "i k n"], right: Float64[np.ndarray, "k j n"]) -> Float64[np.ndarray, "i j n"]:
+def _times(left: Float64[np.ndarray, "i k #n"], right: Float64[np.ndarray, "k j #n"]) -> Float64[np.ndarray, "i j #n"]:
     """Products of matrices that lie along the last axis, summed in one order."""
     products = left[:, :, None] * right[None]
     total = products[:, 0]
