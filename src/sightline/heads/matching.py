@@ -30,7 +30,7 @@ class Targets(NamedTuple):
     boxes: Float[Tensor, "n 4"]
 
 
-Match = tuple[Int[Tensor, " m"], Int[Tensor, " m"]]
+Match = tuple[Int[Tensor, " _"], Int[Tensor, " _"]]
 """Queries in rising order, and the objects that they answer for."""
 
 
