@@ -80,7 +80,7 @@ def test_views_by_hand():
     blur, sharp = Augment(blur=1.0).bind(plain.replace(size=(64, 64))), plain.replace(size=(64, 64))(image(64, 64))
     spreads = [float(blur(image(64, 64), key).std()) for key in range(9)]
     assert max(spreads) <= float(sharp.std())  # the least blur leaves all as it is
-    assert min(spreads) < 0.5 * float(sharp.std())
+    assert min(spreads) < 0.7 * float(sharp.std())
 
 
 def test_many_views_of_an_image_each_follow_from_its_key():
