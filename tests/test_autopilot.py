@@ -130,18 +130,18 @@ class TestChoice:
         assert "an update takes about" in remarks[0]
 
     def test_few_images_begin_with_the_weights_that_ship(self) -> None:
-        chosen, network, _ = autopilot(hooks(24), ALONE, **NOTHING)
+        chosen, network, _ = autopilot(CLASSES, hooks(24), ALONE, **NOTHING)
         assert (chosen.name, chosen.architecture.head.num_classes) == ("fine-tune-small", 2)
         assert any("--weights none" in reason for reason in chosen.reasons)
         shipped = load("builtin:tiny").network.backbone.state_dict()
         assert all(torch.equal(tensor, shipped[name]) for name, tensor in network.backbone.state_dict().items())
-        assert chosen.settings.lr == autopilot(hooks(24), ALONE, **NOTHING | {"weights": "none"})[0].settings.lr / 2
+        assert chosen.settings.lr == autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"weights": "none"})[0].settings.lr / 2
 
     @pytest.mark.parametrize(
         "said", [{"weights": "none"}, {"network": {"depth": 2}}, {"model": "vit_pico_patch4_32"}, {"resize": "native"}]
     )
     def test_whoever_says_what_to_learn_with_begins_with_random_weights(self, said: dict) -> None:
-        assert autopilot(hooks(24), ALONE, **NOTHING | said)[0].name == "from-scratch"
+        assert autopilot(CLASSES, hooks(24), ALONE, **NOTHING | said)[0].name == "from-scratch"
 
     def test_tiny_and_many_images_begin_with_random_weights(self) -> None:
         assert ahead_of_scratch(Facts(4_999, 2, (32, 48)))
