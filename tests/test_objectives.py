@@ -88,7 +88,7 @@ class TestMasks:
         counts = masks.sum(dim=1)
         assert int(counts.max()) == 75
         assert float(counts.float().mean()) > 74  # the last block may find no place
-        assert int(counts.min()) >= 70
+        assert int(counts.min()) > 75 - 16  # less than a block is missing
         inside = masks.view(-1, 14, 14)
         # Blocks, not single patches: most hidden patches have a hidden neighbour on their right, below, or before.
         alike = (inside[:, :, 1:] & inside[:, :, :-1]).sum() / inside[:, :, 1:].sum()
