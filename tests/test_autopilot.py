@@ -135,7 +135,10 @@ class TestChoice:
         assert any("--weights none" in reason for reason in chosen.reasons)
         shipped = load("builtin:tiny").network.backbone.state_dict()
         assert all(torch.equal(tensor, shipped[name]) for name, tensor in network.backbone.state_dict().items())
-        assert chosen.settings.lr == autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"weights": "none"})[0].settings.lr / 2
+        assert (
+            chosen.settings.lr
+            == autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"weights": "none"})[0].settings.lr / 2
+        )
 
     @pytest.mark.parametrize(
         "said", [{"weights": "none"}, {"network": {"depth": 2}}, {"model": "vit_pico_patch4_32"}, {"resize": "native"}]

@@ -87,8 +87,8 @@ class TestMasks:
         masks = blockwise(torch.arange(300), (14, 14), 75)
         counts = masks.sum(dim=1)
         assert int(counts.max()) == 75
-        assert float((counts == 75).float().mean()) > 0.8
-        assert int(counts.min()) > 75 - 16
+        assert float(counts.float().mean()) > 74  # the last block may find no place
+        assert int(counts.min()) > 75 - 16  # less than a block is missing
         inside = masks.view(-1, 14, 14)
         # Blocks, not single patches: most hidden patches have a hidden neighbour on their right, below, or before.
         alike = (inside[:, :, 1:] & inside[:, :, :-1]).sum() / inside[:, :, 1:].sum()
@@ -346,4 +346,4 @@ class TestTeachers:
         network = create_model("vit_tiny_patch16_224", 5, **SMALL)
         taught = Supervised(network, SupervisedConfig(loss="sigmoid")).eval()
         given = Batch(torch.randn(2, 3, 24, 40), torch.tensor([2, 1]), torch.arange(2), torch.arange(2))
-        assert float(taught(given).loss) == pytest.approx(math.log(6) + 4 * math.log(6 / 5), abs=1e-5)
+        assert taught(given).loss.item() == pytest.approx(math.log(6) + 4 * math.log(6 / 5), abs=1e-5)
