@@ -268,7 +268,7 @@ def test_other_classes_and_unreadable_images(model, photos, tmp_path, monkeypatc
     ("words", "answer"),
     [
         (("--protocol", "few_shot"), "Did you mean few-shot?"),
-        (("--protocol", "acuracy"), "Did you mean accuracy?"),
+        (("--protocol", "akuracy"), "Did you mean accuracy?"),
         (("--protocol", "few-shot", "--shots", 0), "shots must be positive"),
         (("--protocol", "knn", "--shots", 5), "shots are for the protocol few-shot"),
         (("--protocol", "knn", "--seed", -1), "seed must lie in"),
