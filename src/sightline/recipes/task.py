@@ -66,6 +66,7 @@ class Task(ABC):
 
     def aligned(self, labels: Sequence[str], images: ImageSet, data: str) -> ImageSet:
         """The images with their classes numbered as a model's `labels` are. Raises UserError for other classes."""
+        require(len(labels) > 0, "the model has no classifier; its features are judged with --protocol knn")
         missing, extra = set(labels) - set(images.classes), set(images.classes) - set(labels)
         if missing or extra:
             gaps = [f"only the model knows {some(sorted(missing))}"] if missing else []
