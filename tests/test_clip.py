@@ -97,6 +97,7 @@ class TestTowers:
         assert TextTower(4, **settings).ends(ids).tolist() == [3, 2]
         assert TextTower(4, **settings, end=2).ends(ids).tolist() == [2, 1]
 
+    @torch.no_grad()
     def test_logits_are_scaled_cosines(self) -> None:
         network, pixels, ids = small(), torch.randn(2, 3, 32, 32), ids_of(3)
         images, texts = network.encode_image(pixels).detach(), network.encode_text(ids).detach()
