@@ -38,7 +38,8 @@ svg polyline { fill: none; stroke: var(--dot); stroke-width: 2 } svg .pale { str
 .miss { background: rgb(200 60 40 / min(1, calc(var(--share) * 4))) }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem }
 .maps img, .cards img { width: 100% }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .8rem } .cards figcaption { overflow-wrap: anywhere; font-size: .85rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .8rem }
+.cards figcaption { overflow-wrap: anywhere; font-size: .85rem }
 .pair img { width: calc(50% - .3rem); image-rendering: pixelated } .pair img + img { margin-left: .6rem }
 """
 
