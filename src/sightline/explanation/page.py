@@ -38,8 +38,10 @@ svg polyline { fill: none; stroke: var(--dot); stroke-width: 2 } svg .pale { str
 .matrix th { padding: .15rem .45rem } .hit { background: rgb(60 140 90 / calc(var(--share) * .7)) }
 .miss { background: rgb(200 60 40 / min(1, calc(var(--share) * 4))) }
 .three img { width: calc(33% - .3rem); image-rendering: pixelated } .three img + img { margin-left: .4rem }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem }
+.maps img, .cards img { width: 100% }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .8rem }
-.cards img { width: 100% } .cards figcaption { overflow-wrap: anywhere; font-size: .85rem }
+.cards figcaption { overflow-wrap: anywhere; font-size: .85rem }
 .pair img { width: calc(50% - .3rem); image-rendering: pixelated } .pair img + img { margin-left: .6rem }
 """
 
@@ -240,7 +242,7 @@ class Page:
             f"({explanation.fusion} of the heads, {explanation.residual:g} for the skip connection).{merged} Colours "
             "reach from 0 to the largest share; what the model did not see is dimmed. Rollout follows attention, not "
             f"causes: it does not say why a class was chosen.{relevance}</p>"
-            f'<div class="row">{"".join(figures)}</div>'
+            f'<div class="maps">{"".join(figures)}</div>'
         )
 
     def _activation(self) -> str:
@@ -260,7 +262,7 @@ class Page:
             f"<h2>Class activation</h2><p>How much each place speaks for {named}: the classifier's weights for this "
             "class times what the network holds there. The mean over all places, with the class's bias, is its score "
             "before the softmax. Colours reach from 0 to the largest value; places that speak against the class are "
-            f'as dark as those that say nothing.</p><div class="row">{"".join(figures)}</div>'
+            f'as dark as those that say nothing.</p><div class="maps">{"".join(figures)}</div>'
         )
 
     def _judged(self) -> str:
@@ -343,7 +345,7 @@ class Page:
         return (
             "<h2>What the patches hold</h2><p>Patches of like colour hold like things. Norms are those before the "
             f"final norm: median {np.median(explanation.norms):.3g}, largest {explanation.norms.max():.3g}"
-            f'{f"; {prefix}" if prefix else ""}.{flag}{own}</p><div class="row">{"".join(figures)}</div>'
+            f'{f"; {prefix}" if prefix else ""}.{flag}{own}</p><div class="maps">{"".join(figures)}</div>'
         )
 
 
