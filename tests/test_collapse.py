@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sightline.reports.charts import line_chart
 from sightline.training.chart import Chart
 from sightline.training.doctor import Doctor
 from sightline.training.schedule import Plan
@@ -94,3 +95,7 @@ def test_the_spread_of_features_by_hand():
     assert spread(torch.ones(5, 7)) == pytest.approx({"feature_std": 0.0, "effective_rank": 1.0}, abs=1e-6)
     line = torch.stack([torch.tensor([1.0, float(i % 2)]) for i in range(6)])
     assert spread(line)["effective_rank"] == pytest.approx(1)
+
+
+def test_a_loss_below_zero_is_drawn():
+    assert "<svg" in line_chart([(0.0, -0.1), (1.0, -0.4)], "epoch", "training loss", zero=True)
