@@ -147,9 +147,11 @@ class TestChoice:
         assert autopilot(CLASSES, hooks(24), ALONE, **NOTHING | said)[0].name == "from-scratch"
 
     def test_tiny_and_many_images_begin_with_random_weights(self) -> None:
-        assert ahead_of_scratch(Facts(4_999, 2, (32, 48)))
-        assert not ahead_of_scratch(Facts(5_000, 2, (32, 48)))
-        assert not ahead_of_scratch(Facts(100, 2, (48, 31)))
+        assert ahead_of_scratch(Facts(80, 2, (32, 48)))
+        assert not ahead_of_scratch(Facts(81, 2, (32, 48)))
+        assert not ahead_of_scratch(Facts(80, 2, (48, 31)))
+        assert ahead_of_scratch(Facts(4_999, 200, (32, 48)))
+        assert not ahead_of_scratch(Facts(5_000, 200, (32, 48)))
 
     def test_images_of_unlike_sizes_get_plain_patches(self) -> None:
         chosen = autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"resize": "native"})[0]

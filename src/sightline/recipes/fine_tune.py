@@ -12,14 +12,14 @@ from sightline.training.settings import Settings
 SHIPPED = "builtin:tiny"
 """The weights that come with Sightline."""
 
-SIDE, MOST = 32, 5_000
-"""Pixels along the shorter side from which, and number of images below which, learning from `SHIPPED` is ahead of
-learning from random weights (docs/decisions/protocols-tiny.md)."""
+SIDE, EACH, MOST = 32, 40, 5_000
+"""Pixels along the shorter side from which, images of each class up to which, and images in all below which learning
+from `SHIPPED` was ahead of learning from random weights (docs/decisions/protocols-tiny.md)."""
 
 
 def ahead_of_scratch(facts: Facts) -> bool:
     """Whether the weights that ship are the better start for such images, by what was measured."""
-    return facts.side >= SIDE and facts.images < MOST
+    return facts.side >= SIDE and facts.images <= EACH * facts.classes and facts.images < MOST
 
 
 def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) -> Recipe:
