@@ -14,7 +14,7 @@ from sightline.network import Network, count_parameters
 from sightline.recipes.fine_tune import RECIPES
 from sightline.recipes.pace import measure, micro_batch
 from sightline.recipes.recipe import Facts, Recipe, facts
-from sightline.recipes.task import Task
+from sightline.recipes.task import Task, task_of
 from sightline.registry import find
 from sightline.schema import from_json
 from sightline.training.distributed import World
@@ -24,10 +24,10 @@ SMALL_WORK = 2e10
 
 
 def autopilot(
-    task: Task,
     images: ImageSet,
     world: World,
     *,
+    task: str = "classify",
     model: str | None,
     weights: Any,
     recipe: str | None,
@@ -41,13 +41,13 @@ def autopilot(
     Only a run by the clock is shaped by the measured pace; any other is the same on every machine, but for images
     that go through the network in smaller parts where memory is short.
     """
-    seed = int(settings.get("seed", 0))
+    what, seed = task_of(task), int(settings.get("seed", 0))
     told = {"horizontal_flip", "vertical_flip"} <= set(augment)
     known = facts(images, seed, reflections=not told and images.samples.marks is None)
 
     def pace(candidate: Recipe) -> float:
         candidate = _sharing(candidate.told(settings, augment), candidate.architecture.build(), len(images), world)
-        return _measured(task, candidate, candidate.architecture.build(), world)[0]
+        return _measured(what, candidate, candidate.architecture.build(), world)[0]
 
     torch.manual_seed(seed)
     if weights is None or str(weights) == "none":
@@ -55,13 +55,13 @@ def autopilot(
             raise UserError(f"recipe '{recipe}' starts from weights: name them with --weights")
         if resize == "native" and model is None:
             network = {"tokenizer": "patch", **network}  # convolutions cannot read images of unlike sizes in one batch
-        chosen = task.from_scratch(known, model=model, minutes=settings.get("minutes"), pace=pace, **network)
+        chosen = what.from_scratch(known, model=model, minutes=settings.get("minutes"), pace=pace, **network)
         torch.manual_seed(seed)
         taught = chosen.architecture.build()
     else:
-        chosen, taught = _from_weights(task, known, model, weights, recipe or "fine-tune", network)
+        chosen, taught = _from_weights(what, known, model, weights, recipe or "fine-tune", network)
     chosen = _sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
-    seconds, memory = _measured(task, chosen, taught, world)
+    seconds, memory = _measured(what, chosen, taught, world)
     parts = chosen.settings.micro_batch or world.agree(micro_batch(chosen.settings, memory, world.device))
     remarks = [_estimate(chosen, seconds, len(images))]
     if parts != chosen.settings.micro_batch:

@@ -125,9 +125,9 @@ def train(
             folder.require_fresh()
             splits = what.open(data, int(settings.get("seed", 0)))
             chosen, taught, remarks = autopilot(
-                what,
                 splits.train,
                 world,
+                task=task,
                 model=model,
                 weights=weights,
                 recipe=recipe,
