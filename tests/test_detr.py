@@ -40,12 +40,12 @@ class TestCriterion:
     targets = tuple(Targets(VALUES[f"input.labels_{i}"], VALUES[f"input.boxes_{i}"]) for i in range(3))
 
     def test_matches_are_the_originals(self):
+        logits, boxes = (self.values[f"input.{name}"].transpose(0, 1) for name in ("logits", "boxes"))
+        found = match(logits, boxes, self.targets, [1, 1, 1])
         for layer in range(3):
             for image in range(3):
-                logits, boxes = (self.values[f"input.{name}"][layer, image] for name in ("logits", "boxes"))
-                queries, objects = match(logits, boxes, self.targets[image])
                 wanted = self.values[f"output.match_{layer}_{image}"]
-                assert torch.equal(torch.stack([queries, objects]), wanted.long())
+                assert torch.equal(torch.stack(found[layer][image]), wanted.long())
 
     def test_losses_and_gradients_are_the_originals(self):
         logits = self.values["input.logits"].transpose(0, 1).clone().requires_grad_()
@@ -82,11 +82,12 @@ def test_overlap_by_hand():
 def test_copies_answer_for_an_object_together():
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1]])
     target = Targets(torch.tensor([1]), boxes[:1])
-    queries, objects = match(torch.zeros(4, 3), boxes, target, copies=2)
-    assert queries.tolist() == [0, 1]
-    assert objects.tolist() == [0, 0]
+    layers = torch.zeros(1, 2, 4, 3), boxes.expand(1, 2, 4, 4)
+    several, single = match(*layers, [target], [2, 1])
+    assert [part.tolist() for part in several[0]] == [[0, 1], [0, 0]]
+    assert [part.tolist() for part in single[0]] == [[0], [0]]
     many = Targets(torch.tensor([0, 1, 1]), boxes[:3])
-    assert len(match(torch.zeros(4, 3), boxes, many, copies=4)[0]) == 3  # there are not enough queries
+    assert len(match(*layers, [many], [4, 1])[0][0][0]) == 3  # there are not enough queries
 
 
 SMALL = {

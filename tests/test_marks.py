@@ -312,7 +312,7 @@ def random_case(seed):
     for i in range(7):
         count = int(random.integers(0, 5))
         there = boxes(count)
-        truth[i] = truth_of(random.integers(0, 3, count), there, random.random(count) < 0.15)
+        truth[i] = truth_of(random.integers(0, 3, count).tolist(), there.tolist(), random.random(count) < 0.15)
         near = there + random.normal(0, 3, there.shape).astype(np.float32)
         every = np.concatenate([near, boxes(3)])
         labels = np.concatenate([truth[i].labels, random.integers(0, 3, 3)])
