@@ -70,7 +70,7 @@ def test_the_split_follows_from_seed_and_name_or_from_the_file(tmp_path: Path) -
     ("content", "fault"),
     [
         (b"path,caption\n000.png,\n", "line 2: the caption is empty"),
-        (b"path,caption\n000.png,caf\xe9\n", "line 2: the caption is not UTF-8"),
+        (b"path,caption\n000.png,r\xe9sum\n", "line 2: the caption is not UTF-8"),
         (b"path,caption\nnone.png,x\n", "line 2: there is no such file"),
         (b"path,caption\n../000.png,x\n", "lies outside"),
         (b"path,caption\n,x\n", "the path is missing"),
@@ -120,7 +120,7 @@ def test_what_has_no_captions_is_told_apart(tmp_path: Path) -> None:
 
 def test_check_names_every_fault(tmp_path: Path) -> None:
     rows = pictures(tmp_path, 8)
-    content = "path,caption\n" + "\n".join(",".join(row) for row in rows) + "\n001.png,\nnone.png,x\n002.png,caf"
+    content = "path,caption\n" + "\n".join(",".join(row) for row in rows) + "\n001.png,\nnone.png,x\n002.png,r"
     (tmp_path / "captions.csv").write_bytes(content.encode() + b"\xe9\n")
     done = cli("check", tmp_path / "captions.csv", "--json", "--quiet", "--workers", 0)
     assert done.status == 2
