@@ -40,7 +40,7 @@ def page(browser, server):
     page = context.new_page()
     page.asked, faults = [], []
     page.on("request", lambda request: page.asked.append(request.url))
-    page.on("pageerror", faults.append)
+    page.on("pageerror", lambda fault: faults.append(str(fault)))
     page.on("console", lambda message: message.type == "error" and faults.append(message.text))
     page.goto(server.url)
     yield page

@@ -256,18 +256,19 @@ def _leaks_nothing(body: bytes) -> None:
 class TestSlowClients:
     def test_heads_and_bodies_that_do_not_come(self, server):
         """Both at once, to save time; meanwhile others are answered."""
-        head, body = (socket.create_connection(("127.0.0.1", server.port)) for _ in range(2))
-        head.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-a: ")
-        body.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n")
-        body.sendall(b"Content-Length: 100000\r\n\r\nfew")
-        began = time.monotonic()
-        for client in (head, body):
-            client.settimeout(15)
-            told = client.recv(4096)
-            assert told.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-            assert client.recv(1) == b""
-            assert server.ask("GET", "/healthz").status == 200
-        assert time.monotonic() - began < 15
+        where = ("127.0.0.1", server.port)
+        with socket.create_connection(where) as head, socket.create_connection(where) as body:
+            head.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-a: ")
+            body.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n")
+            body.sendall(b"Content-Length: 100000\r\n\r\nfew")
+            began = time.monotonic()
+            for client in (head, body):
+                client.settimeout(15)
+                told = client.recv(4096)
+                assert told.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+                assert client.recv(1) == b""
+                assert server.ask("GET", "/healthz").status == 200
+            assert time.monotonic() - began < 15
 
     def test_long_heads(self, server):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
