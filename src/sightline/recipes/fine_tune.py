@@ -89,8 +89,8 @@ def fine_tune_small(facts: Facts, architecture: Architecture, preprocess: Prepro
 
     What small networks bear on small images: Muon, slight turns and shifts, no crops (`from_scratch`).
     """
-    why = f"{facts.images:,} images of {facts.classes} classes go further with weights that have learned before"
-    like = teaching(facts, architecture, [f"{why} (--weights none begins with random ones)"], None)
+    why = "the weights have learned before, so that the rate is half of what random ones bear (--weights none)"
+    like = teaching(facts, architecture, [why], None)
     return replace(
         like,
         name="fine-tune-small",
