@@ -201,7 +201,8 @@ def test_what_can_be_taken_home(page, house):
     with page.expect_download() as picture:
         page.get_by_role("button", name="Save picture").click()
     assert picture.value.suggested_filename == "one-heads.png"
-    assert Image.open(picture.value.path()).size == (320, 192)
+    with Image.open(picture.value.path()) as taken:
+        assert taken.size == (320, 192)
     with page.expect_download() as arrays:
         page.get_by_role("button", name="Save arrays").click()
     with np.load(arrays.value.path()) as found:
