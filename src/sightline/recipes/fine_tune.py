@@ -14,7 +14,7 @@ SHIPPED = "builtin:tiny"
 
 SIDE, EACH, MOST = 32, 40, 5_000
 """Pixels along the shorter side from which, images of each class up to which, and images in all below which learning
-from `SHIPPED` was ahead of learning from random weights (docs/decisions/protocols-tiny.md)."""
+from `SHIPPED` was ahead of learning from random weights (docs/decisions/0018-weights-that-ship.md)."""
 
 
 def ahead_of_scratch(facts: Facts) -> bool:
