@@ -1,6 +1,6 @@
 """How fast `builtin:fractals` is drawn, beside how fast small networks learn from it; and a sheet to look at.
 
-    python benchmarks/fractals.py [--rounds 5] [--sheet FILE.png]
+    python benchmarks/fractals.py [--rounds 5] [--sheet FILE.jpg]
 
 One process, one thread. Drawing and learning take turns within each round, so that whatever else the machine does falls
 on both; the table has the median over rounds of the pictures a second of each, and of their ratio.
@@ -48,14 +48,14 @@ def learned(size: int) -> float:
     return batch.batch_size / measure(network, batch, torch.device("cpu"), torch.float32).seconds
 
 
-def sheet(file: Path, size: int = 128, instances: int = 3) -> None:
+def sheet(file: Path, size: int = 96, instances: int = 2) -> None:
     """Ten classes of each kind, a column for each, in a few instances."""
     rows = [
         np.concatenate([Artist(0, kind, size)((chosen << 32) | i) for chosen in range(10)], axis=1)
         for kind in KINDS
         for i in range(instances)
     ]
-    Image.fromarray(np.concatenate(rows)).save(file)
+    Image.fromarray(np.concatenate(rows)).save(file, quality=88)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What the weights that ship are worth: `train --weights builtin:tiny` beside `--weights none`, and frozen features.
 
-    python benchmarks/transfer.py [--minutes 0.5] [--sets digits shapes photographs] [--seeds 0 1]
+    python benchmarks/transfer.py [--minutes 0.5] [--sets digits shapes letters] [--seeds 0 1]
         [--labels 10 0] [--weights builtin:tiny] [--recipes fine-tune-small fine-tune] [--frozen]
 
 Each set is taught with so many labelled images of each class (0: all) for the same wall-clock, from random weights (the
@@ -89,7 +89,7 @@ def main() -> None:
     """Runs everything, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=0.5)
-    parser.add_argument("--sets", nargs="+", default=["digits", "shapes", "photographs"])
+    parser.add_argument("--sets", nargs="+", default=["digits", "shapes", "letters"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 0])
     parser.add_argument("--weights", default="builtin:tiny")

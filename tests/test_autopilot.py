@@ -10,9 +10,11 @@ from PIL import Image
 
 from sightline.datasets.folder import read_splits
 from sightline.datasets.image_set import ImageSet, Names, Samples
+from sightline.model import load
 from sightline.network import describe
 from sightline.objectives.supervised import Supervised
 from sightline.recipes.autopilot import autopilot
+from sightline.recipes.fine_tune import ahead_of_scratch
 from sightline.recipes.from_scratch import SIZES, from_scratch, resolution
 from sightline.recipes.mirroring import mirroring
 from sightline.recipes.pace import measure, micro_batch
@@ -126,6 +128,30 @@ class TestChoice:
         assert chosen.augment.horizontal_flip == 1.0
         assert network.backbone.depth == 1
         assert "an update takes about" in remarks[0]
+
+    def test_few_images_begin_with_the_weights_that_ship(self) -> None:
+        chosen, network, _ = autopilot(CLASSES, hooks(24), ALONE, **NOTHING)
+        assert (chosen.name, chosen.architecture.head.num_classes) == ("fine-tune-small", 2)
+        assert any("--weights none" in reason for reason in chosen.reasons)
+        shipped = load("builtin:tiny").network.backbone.state_dict()
+        assert all(torch.equal(tensor, shipped[name]) for name, tensor in network.backbone.state_dict().items())
+        assert (
+            chosen.settings.lr
+            == autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"weights": "none"})[0].settings.lr / 2
+        )
+
+    @pytest.mark.parametrize(
+        "said", [{"weights": "none"}, {"network": {"depth": 2}}, {"model": "vit_pico_patch4_32"}, {"resize": "native"}]
+    )
+    def test_whoever_says_what_to_learn_with_begins_with_random_weights(self, said: dict) -> None:
+        assert autopilot(CLASSES, hooks(24), ALONE, **NOTHING | said)[0].name == "from-scratch"
+
+    def test_tiny_and_many_images_begin_with_random_weights(self) -> None:
+        assert ahead_of_scratch(Facts(80, 2, (32, 48)))
+        assert not ahead_of_scratch(Facts(81, 2, (32, 48)))
+        assert not ahead_of_scratch(Facts(80, 2, (48, 31)))
+        assert ahead_of_scratch(Facts(4_999, 200, (32, 48)))
+        assert not ahead_of_scratch(Facts(5_000, 200, (32, 48)))
 
     def test_images_of_unlike_sizes_get_plain_patches(self) -> None:
         chosen = autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"resize": "native"})[0]

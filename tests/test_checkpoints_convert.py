@@ -218,7 +218,7 @@ def test_pixels_that_cannot_be_expressed_are_left_out_loudly(tmp_path: Path) -> 
 # The table itself
 
 
-@pytest.mark.parametrize("name", table("checkpoints", "SCHEMES"))
+@pytest.mark.parametrize("name", [n for n in table("checkpoints", "SCHEMES") if n not in ("openai", "open_clip")])
 def test_rules_are_inverse_to_each_other(name: str) -> None:
     settings = {"activation": "gelu_tanh", "global_pool": "token"}
     made = network(**settings)

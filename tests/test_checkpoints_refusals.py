@@ -276,7 +276,7 @@ CONFIGS = [
     ("transformers", {"image_size": 10**6}, "1000000"),
     ("transformers", {"patch_size": 0}, "patch_size"),
     ("transformers", {"num_attention_heads": 5}, "num_heads"),
-    ("transformers", {"num_attention_heads": "3"}, "num_heads"),
+    ("transformers", {"num_attention_heads": "3"}, "'num_attention_heads' in config.json is '3'"),
     ("transformers", {"hidden_act": "mish"}, "hidden_act 'mish'"),
     ("transformers", {"model_type": "mobilevit"}, "model_type 'mobilevit'"),
     ("transformers", {"architectures": ["ViTForMaskedImageModeling"]}, "ViTForMaskedImageModeling"),

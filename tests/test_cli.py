@@ -72,13 +72,15 @@ class TestRequests:
             ("", "VERB"),
             ("predict m x.jpg --top many", "--top"),
             ("train photos --image-size 12y", "'12y' is not a size like 224 or 160x96"),
-            ("train photos --task dance", "--task"),
             ("train ''", "empty"),
         ],
     )
     def test_nonsense_is_answered_with_what_there_is(self, words, says):
         assert says in (message := refusal(*shlex.split(words)))
         assert "--help` shows what it takes" in message
+
+    def test_an_unknown_task_is_answered_with_those_there_are(self):
+        assert "unknown task 'dance'. Known: classify" in refusal("train", "photos", "--task", "dance")
 
     def test_underscores_are_hyphens(self, monkeypatch):
         taken = []

@@ -2,6 +2,8 @@
 
 import json
 import math
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import sightline
 from parity.clip import LENGTH, SMALL, SMALL_TEXT, WORDS, flat, ids_of, reference
 from sightline.backbones.text import TextTower
 from sightline.checkpoints.load import load_bundle
+from sightline.checkpoints.sealed import sealed
 from sightline.errors import UserError
 from sightline.evaluation.retrieval import Retrieval, recall
 from sightline.evaluation.zero_shot import ZeroShot
@@ -24,8 +27,30 @@ from sightline.inference.zero_shot import class_vectors
 from sightline.model import Model
 from sightline.network import ImageTextNetwork, create_model, describe
 from sightline.objectives.clip import Contrastive, contrastive_loss, same_text, sigmoid_loss
-from sightline.texts.vocabularies import folder_files, learned
+from sightline.texts.byte_pairs import Vocabulary
+from sightline.texts.vocabularies import folder_files, learned, to_json
 from sightline.types import Batch
+
+
+class Tree(nn.Module):
+    """A module that does nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _tree(tensors: dict[str, Tensor]) -> nn.Module:
+    """Modules whose state dict this is."""
+    root = Tree()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        here: nn.Module = root
+        for part in path:
+            if part not in dict(here.named_children()):
+                here.add_module(part, Tree())
+            here = here.get_submodule(part)
+        here.register_buffer(last, tensor)
+    return root
 
 
 def small(**settings) -> ImageTextNetwork:
@@ -72,11 +97,12 @@ class TestTowers:
         assert TextTower(4, **settings).ends(ids).tolist() == [3, 2]
         assert TextTower(4, **settings, end=2).ends(ids).tolist() == [2, 1]
 
+    @torch.no_grad()
     def test_logits_are_scaled_cosines(self) -> None:
         network, pixels, ids = small(), torch.randn(2, 3, 32, 32), ids_of(3)
-        images, texts = network.encode_image(pixels), network.encode_text(ids)
+        images, texts = network.encode_image(pixels).detach(), network.encode_text(ids).detach()
         expected = [
-            [float(network.head.logit_scale.exp() * torch.cosine_similarity(i, t, dim=0)) for t in texts]
+            [float(network.head.logit_scale.exp().detach() * torch.cosine_similarity(i, t, dim=0)) for t in texts]
             for i in images
         ]
         found = network(pixels, ids)
@@ -148,7 +174,7 @@ class TestLosses:
         with torch.no_grad():
             objective.network.head.logit_scale.fill_(5.0)
         objective.after_update(0.5)
-        assert float(objective.network.head.logit_scale.exp()) == pytest.approx(100.0)
+        assert objective.network.head.logit_scale.detach().exp().item() == pytest.approx(100.0)
         index = torch.arange(3)
         step = objective(Batch(torch.randn(3, 3, 32, 32), ids_of(3), index, index))
         step.loss.backward()
@@ -279,6 +305,12 @@ class TestFiles:
         (tmp_path / "again" / "vocabulary.json").write_bytes((tmp_path / "again" / "config.json").read_bytes())
         with pytest.raises(UserError, match=r"vocabulary\.json"):
             sightline.load(tmp_path / "again")
+        same_size = Vocabulary(
+            (*model.vocabulary.tokens[512:], *model.vocabulary.tokens[:512]), model.vocabulary.merges
+        )
+        (tmp_path / "again" / "vocabulary.json").write_bytes(sealed(to_json(same_size)))
+        with pytest.raises(UserError, match="not the vocabulary that the model was saved with"):
+            sightline.load(tmp_path / "again")
 
     def test_a_flat_file_that_is_not_openai_s_has_to_say_its_activation(self, tmp_path: Path) -> None:
         save_file(flat(reference()), tmp_path / "clip.safetensors")
@@ -288,6 +320,32 @@ class TestFiles:
         plain = sightline.load(tmp_path / "clip.safetensors", num_heads=3, text_heads=5, activation="gelu")
         pixels = torch.randn(1, 3, 32, 32)
         assert not torch.allclose(quick.network(pixels), plain.network(pixels), atol=1e-3)
+
+    def test_openai_s_own_files_are_programs_and_are_read_without_running(self, tmp_path: Path) -> None:
+        tensors = flat(reference())
+        numbers = {"input_resolution": 32, "context_length": LENGTH, "vocab_size": WORDS}
+        named = {name: tensor.half() for name, tensor in tensors.items()}
+        named |= {name: torch.tensor(number) for name, number in numbers.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.script(_tree(named)).save(tmp_path / "ViT-B-32.pt")
+        loaded = sightline.load(tmp_path / "ViT-B-32.pt", num_heads=3, text_heads=5)
+        torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "plain.pt")
+        plain = sightline.load(tmp_path / "plain.pt", num_heads=3, text_heads=5)
+        assert loaded.network.architecture == plain.network.architecture
+        for name, tensor in plain.network.state_dict().items():
+            assert torch.equal(tensor, loaded.network.state_dict()[name])
+        assert any("TorchScript" in note for note in loaded.coverage.notes)
+
+    def test_a_program_that_holds_itself_is_refused(self, tmp_path: Path) -> None:
+        # PROTO 2, an object of a program into the memo, and its attributes: itself and, beside it, another name of it
+        program = (
+            b"\x80\x02c__torch__\nM\n)\x81q\x00}q\x01(X\x04\x00\x00\x00selfq\x02h\x00X\x01\x00\x00\x00aq\x03h\x00ub."
+        )
+        with zipfile.ZipFile(tmp_path / "loop.pt", "w") as archive:
+            archive.writestr("m/data.pkl", program)
+        with pytest.raises(UserError, match="twice"):
+            sightline.load(tmp_path / "loop.pt")
 
     def test_other_settings_of_transformers_are_refused(self, tmp_path: Path) -> None:
         reference().save_pretrained(tmp_path)

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from sightline.reports.charts import line_chart
 from sightline.training.chart import Chart
 from sightline.training.doctor import Doctor
 from sightline.training.schedule import Plan
@@ -68,6 +70,12 @@ def test_a_loss_that_never_leaves_its_baseline_is_named():
     assert healthy.learns(around(0.8, 240), baseline=0.99).kinds() == []
 
 
+def test_a_decoder_that_begins_worse_than_none_has_not_diverged():
+    falling = np.linspace(1.75, 0.8, 120)
+    assert Learner().learns(falling, baseline=0.9).kinds() == []
+    assert "divergence" in Learner().learns([*falling, *around(3.0, 40)], baseline=0.9).kinds()
+
+
 def test_without_labels_the_scale_is_the_baseline():
     chart = Chart(Settings(), 20)
     assert not chart.learnable
@@ -87,3 +95,7 @@ def test_the_spread_of_features_by_hand():
     assert spread(torch.ones(5, 7)) == pytest.approx({"feature_std": 0.0, "effective_rank": 1.0}, abs=1e-6)
     line = torch.stack([torch.tensor([1.0, float(i % 2)]) for i in range(6)])
     assert spread(line)["effective_rank"] == pytest.approx(1)
+
+
+def test_a_loss_below_zero_is_drawn():
+    assert "<svg" in line_chart([(0.0, -0.1), (1.0, -0.4)], "epoch", "training loss", zero=True)

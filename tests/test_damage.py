@@ -340,7 +340,7 @@ REFUSED = [
     ("transformers", {"_attn_implementation_internal": "evil/kernel"}, "is unknown"),
     ("transformers", {"hiden_size": 12}, "Did you mean hidden_size"),
     ("transformers", {"pruned_heads": {"0": [1]}}, "'pruned_heads'"),
-    ("transformers", {"hidden_size": 10**30}, "embed_dim"),
+    ("transformers", {"hidden_size": 10**30}, "'hidden_size' in config.json is 10+, and should be like 768"),
     ("transformers", {"layer_norm_eps": float("nan")}, "norm_eps"),
     ("transformers", {"layer_norm_eps": float("inf")}, "norm_eps"),
     ("transformers", {"id2label": {"0": "a", "1": "b", "3": "d", "4": "e", "x": "f"}}, "classes|class|shape"),

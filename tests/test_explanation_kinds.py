@@ -108,7 +108,7 @@ def test_pages_pictures_and_arrays(kind, tmp_path):
     files, text = {path.name for path in tmp_path.iterdir()}, page.read_text()
     assert {"index.html", "explanation.npz", "original.png", "side-by-side.png"} <= files
     assert ("rollout.png" in files) == (kind in ATTENTIVE) == ("no attention" not in text)
-    assert ("activation.png" in files) == (view.activation is not None) == ("speaks for" in text)
+    assert ("activation.png" in files) == (view.activation is not None) == ("each place speaks for" in text)
     assert ("positions.png" in files) == (view.position_similarity is not None) == ("no table of positions" not in text)
     assert ("filters.png" in files) == (view.filters is not None) == ("no convolution" not in text)
     assert sum(name.startswith("heads-layer-") for name in files) == len(view.layers)

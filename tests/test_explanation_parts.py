@@ -13,7 +13,6 @@ from sightline.explanation.features import principal_colours, standing_out, toke
 from sightline.explanation.files import judge_maps
 from sightline.explanation.grids import Seats
 from sightline.explanation.queries import query_row, settled, token_names
-from sightline.explanation.readers import readings
 from sightline.explanation.render import View, veil
 from sightline.explanation.segmentation import mass_mask, overlap, pixel_mask
 from sightline.explanation.survey import MOST_COLOURED, Survey
@@ -262,7 +261,7 @@ class TestMasks:
         assert (veiled[1, 1] == 35).all()
 
 
-class TestReadings:
+class TestOtherHeads:
     class Decoder(torch.nn.Module):
         """Three queries that read the patches, and among themselves."""
 
@@ -271,22 +270,9 @@ class TestReadings:
             self.queries = torch.nn.Parameter(torch.randn(1, 3, width))
             self.own, self.cross = Attention(width, 2), Attention(width, 4)
 
-        def forward(self, tokens):
+        def forward(self, tokens, area=None):
             x = self.own(self.queries)
             return self.cross(x, tokens.patches)
-
-    def test_what_queries_give_to_the_patches(self):
-        network = small("vit")
-        network.head = self.Decoder(24)
-        network.eval()
-        [found] = readings(network, PIXELS)
-        assert found.name == "cross"
-        grid = explain(network, PIXELS).grid
-        assert found.maps.shape == (4, 3, *grid)
-        assert np.allclose(found.maps.sum((2, 3)), 1, atol=1e-5)
-        tokens = network.backbone(PIXELS[None])
-        expected = network.head.cross.weights(network.head.own(network.head.queries), tokens.patches)
-        assert np.allclose(found.maps.reshape(1, 4, 3, -1), expected.detach(), atol=1e-6)
 
     def test_such_a_network_is_explained_without_classes(self):
         network = small("vit")
@@ -295,9 +281,6 @@ class TestReadings:
         assert view.query == "mean of patches"
         assert view.relevance is view.activation is None
         assert judge_maps(network, PIXELS, view) == {}
-
-    def test_heads_that_pool_read_nothing_by_attention(self):
-        assert readings(small("vit"), PIXELS) == []
 
 
 class TestSurvey:

@@ -109,9 +109,9 @@ def test_trains_by_command(tmp_path):
 
 
 def test_settings_are_read_strictly():
-    assert "Did you mean classes?" in refusal("check", "builtin:fractals:klasses=3")
-    assert "classes must be at least 2" in refusal("check", "builtin:fractals:classes=1")
-    assert "size must lie in" in refusal("check", "builtin:fractals:size=4")
-    assert "expected int" in refusal("check", "builtin:fractals:size=large")
-    assert "not one of ifs" in refusal("check", "builtin:fractals:kind=julia")
-    assert "has no settings" in refusal("check", "builtin:digits:size=4")
+    assert "Did you mean classes?" in refusal("check", "--quiet", "builtin:fractals:klasses=3")
+    assert "classes must be at least 2" in refusal("check", "--quiet", "builtin:fractals:classes=1")
+    assert "size must lie in" in refusal("check", "--quiet", "builtin:fractals:size=4")
+    assert "expected int" in refusal("check", "--quiet", "builtin:fractals:size=large")
+    assert "not one of ifs" in refusal("check", "--quiet", "builtin:fractals:kind=julia")
+    assert "has no settings" in refusal("check", "--quiet", "builtin:digits:size=4")

@@ -91,7 +91,7 @@ def test_where_it_cannot_work_it_says_why():
     with pytest.raises(UserError, match="--tokenizer patch"):
         MAE(create_model("vit_pico_patch4_32", 0, tokenizer="convolution"))
     with pytest.raises(UserError, match="leaves none of 4 patches"):
-        MAE(create_model("vit_pico_patch4_32", 0, image_size=8))
+        MAE(create_model("vit_pico_patch4_32", 0, image_size=8), MAEConfig(0.9))
 
 
 def test_the_loss_is_that_of_transformers(tmp_path):

@@ -19,13 +19,15 @@ from sightline.datasets.open import open_dataset
 from sightline.datasets.rle import box_of, decode, unpacked
 from sightline.datasets.scenes import COLOURS, SHAPES, VISIBLE, scene
 from sightline.errors import UserError
-from sightline.evaluation.detection import average_precision
-from sightline.evaluation.segmentation import confusion, intersection_over_union
+from sightline.evaluation.detection import Boxes, average_precision
+from sightline.evaluation.segmentation import Masks, PixelCounts, confusion, intersection_over_union
+from sightline.heads.detect import Detected
 from sightline.images.augment import Augment
 from sightline.images.decode import ImageError
 from sightline.images.marked import MarkedImages, original_boxes, placed_boxes, placed_mask
 from sightline.images.preprocess import Preprocess
 from sightline.recipes.task import task_of
+from sightline.types import Batch
 
 
 class TestScenes:
@@ -310,7 +312,7 @@ def random_case(seed):
     for i in range(7):
         count = int(random.integers(0, 5))
         there = boxes(count)
-        truth[i] = truth_of(random.integers(0, 3, count), there, random.random(count) < 0.15)
+        truth[i] = truth_of(random.integers(0, 3, count).tolist(), there.tolist(), random.random(count) < 0.15)
         near = there + random.normal(0, 3, there.shape).astype(np.float32)
         every = np.concatenate([near, boxes(3)])
         labels = np.concatenate([truth[i].labels, random.integers(0, 3, 3)])
@@ -380,3 +382,36 @@ class TestMetrics:
                     union += t == k or c == k
             assert ours[k] == pytest.approx(inner / union)
         assert np.isnan(intersection_over_union(np.zeros((2, 3), dtype=np.int64))).all()
+
+    def test_pixels_of_images_that_cannot_be_read_are_missed(self):
+        truth = np.array([[0, 1, 1], [0, IGNORE, 1]], dtype=np.uint8)
+
+        class Same(Masks):
+            def truth(self, image):
+                return truth
+
+        counts = PixelCounts(2, Same(), Preprocess(size=(2, 3), resize="squash"))
+        logits = torch.zeros(1, 2, 2, 3)
+        logits[0, 0], logits[0, 1, :, 1:] = 0.5, 1  # all right
+        number = torch.tensor([0])
+        counts.take(logits, Batch(torch.zeros(1, 3, 2, 3), None, number, number))
+        assert counts.metrics() == {"miou": 1.0, "pixel_accuracy": 1.0}
+        other = PixelCounts(2, Same(), counts.preprocess)
+        other.refused = [("x.png", "truncated")]
+        merged = counts.merge([other])
+        assert merged.metrics() == {"miou": 0.5, "pixel_accuracy": 0.5}
+        assert merged.evaluated == 1
+
+    def test_objects_in_images_that_cannot_be_read_are_missed(self):
+        box = [[10, 20, 50, 60]]
+        truth = [truth_of([0], box), truth_of([0], box), truth_of([0], box)]
+        counts = Boxes(1, truth, ["a", "b", "c"], Preprocess(size=(50, 200), resize="squash"))
+        exact = torch.tensor([[[0.3, 0.4, 0.4, 0.4]]])
+        number = torch.tensor([1])
+        counts.take(
+            Detected(torch.tensor([[[9.0, 0.0]]]), exact), Batch(torch.zeros(1, 3, 50, 200), None, number, number)
+        )
+        assert counts.metrics()["ap"] == pytest.approx(1)  # c was not looked at
+        counts.refused = [("a", "truncated")]
+        assert counts.metrics()["ap50"] == pytest.approx(51 / 101)
+        assert counts.per_class(["x"])[0]["objects"] == 2

@@ -23,8 +23,9 @@ def test_each_guard_stands_once_in_its_file():
 
 
 def test_the_tests_that_should_notice_exist():
+    named = (ast.FunctionDef, ast.ClassDef)
     functions = {
-        file: {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+        file: {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, named)}
         for file in (ROOT / "tests").glob("test_*.py")
     }
     for mutation in TABLE:

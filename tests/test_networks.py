@@ -12,7 +12,8 @@ from sightline.errors import UserError
 from sightline.network import Architecture, Network, count_macs, count_parameters, create_model, describe
 from sightline.registry import table, variants
 
-KINDS = {**table("backbones", "SMALL"), **table("tokenizers", "SMALL")}
+CODEBOOK = "dvae_small_4_32", {"image_size": (32, 48), "hidden": 8, "groups": 2, "vocab_size": 12}
+KINDS = {**table("backbones", "SMALL"), **table("tokenizers", "SMALL"), "dvae": CODEBOOK}
 
 
 def small(kind: str, **settings) -> Network:

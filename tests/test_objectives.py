@@ -17,7 +17,7 @@ from sightline.checkpoints.load import load_bundle
 from sightline.errors import UserError
 from sightline.images.masks import blockwise, noise
 from sightline.layers.encoder import rows_of
-from sightline.network import create_model
+from sightline.network import Architecture, create_model
 from sightline.objectives.beit import BEiT
 from sightline.objectives.codebook import Decoder, log_laplace, usage
 from sightline.objectives.dino import DINO, DINOConfig, momentum_at
@@ -87,8 +87,8 @@ class TestMasks:
         masks = blockwise(torch.arange(300), (14, 14), 75)
         counts = masks.sum(dim=1)
         assert int(counts.max()) == 75
-        assert float((counts == 75).float().mean()) > 0.8
-        assert int(counts.min()) > 75 - 16
+        assert float(counts.float().mean()) > 74  # the last block may find no place
+        assert int(counts.min()) > 75 - 16  # less than a block is missing
         inside = masks.view(-1, 14, 14)
         # Blocks, not single patches: most hidden patches have a hidden neighbour on their right, below, or before.
         alike = (inside[:, :, 1:] & inside[:, :, :-1]).sum() / inside[:, :, 1:].sum()
@@ -277,6 +277,23 @@ class TestCodebook:
         codes = F.one_hot(io[f"input.tokens_{shape}"].long(), 41).permute(0, 3, 1, 2).float()
         close(decoder(codes), io[f"output.statistics_{shape}"])
 
+    def test_the_encoder_is_a_backbone_like_others(self):
+        network = create_model("dvae_small_4_32", 5, image_size=(32, 48), hidden=8, groups=2, vocab_size=12).eval()
+        torch.nn.init.normal_(network.head.classifier.weight)
+        images = [torch.randn(3, *size) for size in ((33, 47), (70, 20), (16, 16))]
+        canvas = torch.full((3, 3, 70, 47), 7.0)
+        for row, image in zip(canvas, images, strict=True):
+            row[:, : image.shape[1], : image.shape[2]] = image
+        together = network(canvas, torch.tensor([image.shape[1:] for image in images]))
+        for image, answer in zip(images, together, strict=True):
+            torch.testing.assert_close(answer, network(image[None])[0], atol=1e-5, rtol=1e-4)
+        tokens, stages = network.backbone(images[0][None]), network.backbone.stages(images[0][None])
+        assert tokens.grid == stages[-1].grid == network.backbone.grid_of((33, 47)) == (16, 23)
+        assert tokens.x.shape == (1, 16 * 23, 12)
+        layers = {network.backbone.layer_of(name) for name, _ in network.backbone.named_parameters()}
+        assert layers == {0, 1, 2, 3}
+        assert Architecture.from_json(network.architecture.to_json()) == network.architecture
+
     def test_the_density_of_pixels_sums_to_one(self):
         at = torch.linspace(0.0005, 0.9995, 20001)
         statistics = torch.tensor([0.7, math.log(0.4)]).view(1, 2, 1, 1).expand(1, 2, 1, len(at))
@@ -329,4 +346,4 @@ class TestTeachers:
         network = create_model("vit_tiny_patch16_224", 5, **SMALL)
         taught = Supervised(network, SupervisedConfig(loss="sigmoid")).eval()
         given = Batch(torch.randn(2, 3, 24, 40), torch.tensor([2, 1]), torch.arange(2), torch.arange(2))
-        assert float(taught(given).loss) == pytest.approx(math.log(6) + 4 * math.log(6 / 5), abs=1e-5)
+        assert taught(given).loss.item() == pytest.approx(math.log(6) + 4 * math.log(6 / 5), abs=1e-5)

@@ -149,11 +149,11 @@ def test_the_smaller_parts_are_said_and_remembered(tmp_path, monkeypatch, capsys
 
 
 def test_too_little_memory_in_an_evaluation_halves_the_batch():
-    most, sizes = 5, []
+    most, seen = 5, []
 
     class Network(nn.Module):
-        def forward(self, pixels, sizes_of_images):
-            sizes.append(len(pixels))
+        def forward(self, pixels, sizes=None):
+            seen.append(len(pixels))
             if len(pixels) > most:
                 raise MemoryError
             return pixels.flatten(1)[:, :3]
@@ -161,7 +161,7 @@ def test_too_little_memory_in_an_evaluation_halves_the_batch():
     index = torch.arange(16)
     batch = Batch(torch.randn(16, 3, 2, 2), index % 3, index, index)
     counts = accuracy(Network(), [(0, batch, []), (1, batch, [])], 3, device=torch.device("cpu"))
-    assert sizes == [16, 8, *[4] * 8]
+    assert seen == [16, 8, *[4] * 8]
     assert counts.evaluated == 32
     most = 0
     with pytest.raises(WorkError, match="one image"):

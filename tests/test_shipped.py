@@ -60,6 +60,7 @@ def test_other_names_are_refused():
     message = refusal("evaluate", "builtin:tinny", "builtin:digits", "--protocol", "knn")
     assert "Did you mean tiny?" in message
     assert "builtin:tiny" in message
+    assert "--protocol knn" in refusal("evaluate", "builtin:tiny", "builtin:digits")
 
 
 def test_the_wheel_has_them(tmp_path):

@@ -135,6 +135,13 @@ def test_a_backbone_that_has_learned_can_take_up_another_task(run, tmp_path):
     assert said.document["metrics"].keys() >= METRICS[other]
 
 
+def test_what_mixes_labels_is_refused(run, tmp_path):
+    task, data, *_ = run
+    assert "mixup is for images with one class" in refusal(
+        "train", data, "--task", task, "--mixup", 0.2, "--out", tmp_path / "m"
+    )
+
+
 def test_requests_that_make_no_sense_are_refused(tmp_path):
     assert "Did you mean segment" in refusal("train", tmp_path, "--task", "segmnt", "--out", tmp_path / "m")
     assert "--task detect" in refusal("train", "builtin:scenes", "--out", tmp_path / "m")

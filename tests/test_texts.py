@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,22 +44,8 @@ ODD = [
     *("\ufeffbom", "a\u200db", "🏳️‍🌈 flag", "1234567890", "٣٤ Ⅻ ½ ²", "&amp;&lt;br&gt;", "http://x.y/z?q=1", "\0\0"),
 ]
 WORDS = [
-    "a",
-    "photo",
-    "of",
-    "the",
-    "red",
-    "circle",
-    "cat",
-    "it's",
-    "don't",
-    "we're",
-    "antidisestablishmentarianism",
-    "2024",
-    "café",
-    "naïve",
-    "Straße",
-    "x_y",
+    *("a", "photo", "of", "the", "red", "circle", "cat", "it's", "don't", "we're", "antidisestablishmentarianism"),
+    *("2024", "café", "naïve", "Straße", "x_y"),
 ]
 
 
@@ -101,7 +88,8 @@ def test_ids_are_those_of_transformers(openai: Vocabulary, tmp_path: Path) -> No
 
 def test_ids_are_those_of_open_clip_where_nothing_is_mended_first(openai: Vocabulary) -> None:
     theirs = SimpleTokenizer()
-    later = [text for text in texts(1_500) if not any(0x11F00 <= ord(c) < 0x11F60 or ord(c) >= 0x31350 for c in text)]
+    # Its regular expressions know later versions of Unicode, and take U+0345 for the letter that is its capital.
+    later = [text for text in texts(1_500) if not any(unicodedata.category(c) == "Cn" or c == "\u0345" for c in text)]
     sample = [text for text in later if ftfy.fix_text(text) == text and "<|" not in text and text.strip()]
     assert len(sample) > 500
     assert [text for text in sample if openai.encode(text) != theirs.encode(text)] == []

@@ -58,16 +58,9 @@ class Model:
         """
         where = pick_device(device)
         how = pick_precision(precision, where)
-        network, names = self.network, self.labels
-        if isinstance(network, ImageTextNetwork):
-            names = self.labels if labels is None else labels
-            network = self._zero_shot(network.to(where), names, prompts) if names else network
-        elif labels is not None or prompts is not None:
-            raise UserError("this model reads no texts: it answers with the classes that it has learned")
+        self.network.to(where)
+        network, names = self.asked(labels, prompts)
         return Predictor(network, self.preprocess, names, device=where, precision=how, **settings)
-
-    def _zero_shot(self, network: ImageTextNetwork, labels: Sequence[str], prompts: Sequence[str] | None) -> Any:
-        return ZeroShotNetwork(network, class_vectors(network, self.words, labels, prompts))
 
     @property
     def words(self) -> Vocabulary:
@@ -108,10 +101,34 @@ class Model:
         """The feature vector of each image, [n, width] in float32. Raises UserError where one cannot be read."""
         return self.predictor(**settings).embed(_several(sources))
 
-    def explain(self, source: Source, **settings: Any) -> Explanation:
-        """What the network attends to in one image; `settings` are those of `explain`."""
-        settings.setdefault("labels", self.labels)
-        return explain_source(self.network, self.preprocess, source, **settings)
+    def explain(
+        self,
+        source: Source,
+        *,
+        labels: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Explanation:
+        """What the network attends to in one image; `settings` are those of `explain`.
+
+        A network that reads texts tells where those of `labels` are, each said in the sentences of `prompts`.
+        """
+        network, names = self.asked(labels, prompts)
+        return explain_source(network, self.preprocess, source, labels=names, **settings)
+
+    def asked(self, labels: Sequence[str] | None, prompts: Sequence[str] | None) -> tuple[Any, Sequence[str]]:
+        """The network, and what it chooses from: its own classes or, where it reads texts, any that are named.
+
+        Raises UserError where a network that reads no texts is given some.
+        """
+        if isinstance(self.network, ImageTextNetwork):
+            names = self.labels if labels is None else labels
+            if not names:
+                return self.network, ()
+            return ZeroShotNetwork(self.network, class_vectors(self.network, self.words, names, prompts)), names
+        if labels is not None or prompts is not None:
+            raise UserError("this model reads no texts: it answers with the classes that it has learned")
+        return self.network, self.labels
 
     def save(self, directory: str | Path) -> Path:
         """Writes a model directory that `load` reads; all of it or nothing."""

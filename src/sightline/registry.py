@@ -6,10 +6,12 @@ Every room keeps its parts in module-level tables (`VARIANTS`, `FAMILIES`, `TOKE
 
 import fnmatch
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -45,11 +47,24 @@ def table(room: str, name: str) -> Mapping[str, Any]:
     package = importlib.import_module(f"sightline.{room}")
     merged: dict[str, Any] = {}
     for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        if not _speaks_of(f"sightline.{room}.{module.name}", name):
+            continue  # a reading of names should not cost the framework
         entries = getattr(importlib.import_module(f"sightline.{room}.{module.name}"), name, {})
         clash = merged.keys() & entries.keys()
         assert not clash, f"{room}/{module.name}.py repeats {name} entries of another file: {sorted(clash)}"
         merged.update(entries)
     return MappingProxyType(merged)
+
+
+def _speaks_of(module: str, name: str) -> bool:
+    """Whether a module's text has a name in it; True where its text cannot be read."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return True
+    try:
+        return name in Path(spec.origin).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return True
 
 
 def find(room: str, name: str, key: str, what: str) -> Any:

@@ -120,5 +120,3 @@ VARIANTS = {
     "dvae_dalle_8_112": _row(112, 53_786_240),
     "dvae_small_4_32": _row(32, 86_984, hidden=32, groups=3, blocks=1, vocab_size=128),
 }
-
-SMALL = {"dvae": ("dvae_small_4_32", {"image_size": (32, 48), "hidden": 8, "groups": 2, "vocab_size": 12})}

@@ -47,7 +47,7 @@ class FlatClip(Layout):
     libraries = ("openai", "open_clip")
     family = "vit"
     task = "clip"
-    dropped = r"input_resolution|context_length|vocab_size|attn_mask|visual\.attn_mask"
+    dropped = r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask"
     former: ClassVar[Mapping[str, str]] = {r"^text\.(?=transformer|token_|positional|ln_final|text_projection)": ""}
     untold = ("activation",)
     habits = ("norm_eps", "position_resample")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -72,8 +72,17 @@ def stored_architecture(facts: Facts, request: Request) -> Architecture:
         raise UserError(f"{facts.where}: {fault}{read}") from fault
     _require_tensors(architecture.backbone, facts)
     refuse_other(architecture, request, facts.where, facts.structure)
-    size = _stored_size(facts, request, usual, architecture)
+    size = _stored_size(_counted(facts, architecture), request, usual, architecture)
     return adjusted(architecture, image_size=size)
+
+
+def _counted(facts: Facts, architecture: Architecture) -> Facts:
+    """The facts, with rows of positions that were taken for those of tokens counted as those of patches."""
+    wrong = facts.settings.get("class_position") and not getattr(architecture.backbone, "class_position", True)
+    if facts.patches is None or not wrong:
+        return facts
+    rows = int(facts.settings["class_token"]) + int(facts.settings.get("distillation_token", False))
+    return replace(facts, patches=facts.patches + rows)
 
 
 def divides(config: Any) -> bool:

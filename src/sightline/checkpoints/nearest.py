@@ -37,12 +37,16 @@ def lacking(stored: Stored, architecture: str | None) -> str | None:
 def _candidates(architecture: str | None) -> Iterator[tuple[Library, Layout, Architecture]]:
     """Every layout with a network of its family: the one that is named, or else the first of every paper."""
     rows = variants() if architecture is None else {architecture: variant(architecture)}
-    papers = {(row.family, row.paper): name for name, row in reversed(rows.items())}
-    networks = [describe(name, classes) for name in papers.values() for classes in (None, 0)]
+    papers = {(row.family, row.task, row.paper): name for name, row in reversed(rows.items())}
+    networks = [
+        describe(name, classes)
+        for (_, task, _), name in papers.items()
+        for classes in ((None, 0) if task == "classify" else (None,))
+    ]
     for library in table("checkpoints", "SCHEMES").values():
         for layout in library.layouts() if isinstance(library, Library) else ():
             for network in networks:
-                if network.family != layout.family:
+                if (network.family, network.task) != (layout.family, layout.task):
                     continue
                 if architecture is not None or not layout.refusals(network.backbone, network.head):
                     yield library, layout, network

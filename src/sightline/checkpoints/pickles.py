@@ -18,6 +18,9 @@ from sightline.errors import UserError, printable
 MAX_PICKLE = 16 * 2**20
 """Bytes of names and shapes; a thousand tensors need less than one in a hundred of it."""
 
+SCRIPT = "__torch__"
+"""Where the classes of a TorchScript program stand; they are names here like any other, and are never imported."""
+
 _MOST_STEPS = 2**19
 
 _HARMLESS = {  # known not to be tensors, and left aside
@@ -60,6 +63,10 @@ class Aside:
     """What stands for a value that is no plain one."""
 
     what: str
+
+
+class Scripted(dict[str, Any]):
+    """The attributes of an object of a TorchScript program, of which nothing is ever run."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ def read_pickle(stream: io.BytesIO, where: str) -> tuple[Any, dict[str, Stored]]
 def _is_known(module: str, name: str) -> bool:
     """Whether a name is one of a container, a storage, a number type, or a function that puts a tensor together."""
     if f"{module} {name}" in _HARMLESS or (module, name) in _CALLS:
+        return True
+    if module == SCRIPT or module.startswith(f"{SCRIPT}."):
         return True
     if module == "torch._utils":
         return name.startswith("_rebuild_")
@@ -220,12 +229,17 @@ def _call(machine: _Machine, argument: Any) -> None:
     arguments, what = machine.stack.pop(), machine.stack.pop()
     if not isinstance(what, Name) or not isinstance(arguments, tuple):
         raise ValueError("it calls what is no name")
+    if what.module == SCRIPT or what.module.startswith(f"{SCRIPT}."):
+        machine.stack.append(Scripted())
+        return
     make = _CALLS.get((what.module, what.name))
     machine.stack.append(Aside(f"{what.module}.{what.name}") if make is None else make(*arguments))
 
 
 def _build(machine: _Machine, argument: Any) -> None:
-    machine.stack.pop()  # attributes, which no weights stand in
+    attributes = machine.stack.pop()  # which no weights stand in, unless they are those of a program's object
+    if isinstance(machine.stack[-1], Scripted) and isinstance(attributes, dict):
+        machine.stack[-1].update(attributes)
     if not isinstance(machine.stack[-1], (dict, Aside, Described)):
         raise ValueError("it gives attributes to a plain value")
 

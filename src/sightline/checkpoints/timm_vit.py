@@ -226,11 +226,8 @@ def rows_of_class(rows: int, grid: int | None) -> bool:
 
 
 def _bare(rows: int, prefix: int, grid: int | None, registers: bool) -> bool:
-    """Whether a table has a row for every patch and none besides; a table of another size is taken for a square's."""
-    if grid is not None and rows in (grid, grid + prefix):
-        return rows == grid
-    square, behind = (math.isqrt(max(n, 0)) ** 2 == n for n in (rows, rows - prefix))
-    return square if square != behind else registers
+    """Whether a table has a row for every patch and none besides, as it has beside registers unless the grid tells."""
+    return rows == grid if grid is not None and rows in (grid, grid + prefix) else registers
 
 
 def _class_row(backbone: Any) -> bool:

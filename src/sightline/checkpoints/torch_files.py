@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sightline.checkpoints.archives import archive_of
-from sightline.checkpoints.pickles import MAX_PICKLE, Aside, Described, Stored, read_pickle
+from sightline.checkpoints.pickles import MAX_PICKLE, Aside, Described, Scripted, Stored, read_pickle
 from sightline.errors import UserError, printable
 from sightline.schema import require
 
@@ -23,6 +23,7 @@ _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "
 
 _PIECE = 2**20  # bytes that are read at once
 _DEEPEST = 8  # containers in one another
+_LONGEST = 4096  # characters of a tensor's name
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what a file of PyTorch before 1.6 begins with
 
 Place = tuple[int, int]
@@ -98,6 +99,9 @@ class _Numbers:
 
 def _state_dict(found: Any, where: str) -> tuple[dict[str, Described], tuple[str, ...]]:
     notes: list[str] = []
+    if isinstance(found, Scripted):
+        found = _attributes(found, where)
+        notes.append("weights taken out of a TorchScript program, which is not run")
     for _ in range(_DEEPEST):
         if not isinstance(found, dict) or any(isinstance(value, Described) for value in found.values()):
             break
@@ -120,6 +124,24 @@ def _state_dict(found: Any, where: str) -> tuple[dict[str, Described], tuple[str
     return tensors, tuple(notes)
 
 
+def _attributes(program: Scripted, where: str) -> dict[str, Any]:
+    """The tensors of a TorchScript program by the names that they have in its state dict."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Scripted]] = [("", program)]
+    seen = {id(program)}
+    while waiting:
+        prefix, here = waiting.pop()
+        for name, value in here.items():
+            require(isinstance(name, str) and len(prefix) < _LONGEST, f"{where} is damaged: an object without a name")
+            if isinstance(value, Scripted):
+                require(id(value) not in seen, f"{where} is damaged: an object stands in it twice")
+                seen.add(id(value))
+                waiting.append((f"{prefix}{name}.", value))
+            elif isinstance(value, Described):
+                found[prefix + name] = value
+    return found
+
+
 def _archive(path: Path, size: int, where: str) -> tuple[Any, dict[str, Place]]:
     """The pickle of a zip archive as data, and where its storages lie.
 
@@ -127,10 +149,13 @@ def _archive(path: Path, size: int, where: str) -> tuple[Any, dict[str, Place]]:
     """
     with archive_of(path) as archive, path.open("rb") as file:
         members = archive.infolist()
-        plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
+        plain = all("/code/" in member.filename for member in packed)  # the text of a program, which nobody reads
         require(plain, f"{where} is compressed, which PyTorch files never are")
-        claimed = sum(member.file_size for member in members)
-        require(claimed <= size, f"{where}: its members claim more bytes than the file holds")
+        text = sum(member.file_size for member in packed)
+        claimed = sum(member.file_size for member in members) - text
+        fits = claimed <= size and text <= MAX_PICKLE
+        require(fits, f"{where}: its members claim more bytes than the file holds")
         pickles = [member for member in members if member.filename.endswith("data.pkl")]
         alone = len(pickles) == 1 and pickles[0].file_size <= MAX_PICKLE
         require(alone, f"{where} is a zip archive, but not one of PyTorch's")

@@ -19,7 +19,7 @@ SHOWN = 3
 
 def arguments(parser: Any) -> None:
     """The verb's own arguments."""
-    parser.add_argument("data", metavar="DATA", help="folder of class folders, CSV with path,label, or builtin:digits")
+    parser.add_argument("data", metavar="DATA", help="what `sightline train` takes, for whatever task")
     parser.add_argument("--html", metavar="FILE", help="write a page with pictures of what was found")
     parser.add_argument("--quick", action="store_true", help="names and headers alone; no duplicates are sought")
     parser.add_argument("--model", metavar="MODEL", help="a trained model, whose features tell suspicious labels")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sightline.cli.options import add_device
+from sightline.cli.options import add_device, add_texts, lines
 
 SUMMARY = (
     "Show where a model looks, in images or by itself: maps, heads, distances, features; pictures, arrays, a page."
@@ -39,6 +39,7 @@ def arguments(parser: Any) -> None:
     words = "measure how the answer changes when patches are deleted and inserted in the order of each map"
     parser.add_argument("--faithfulness", action="store_true", help=words)
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_texts(parser)
     add_device(parser)
 
 
@@ -49,7 +50,9 @@ def run(request: argparse.Namespace) -> int:
     from sightline.explanation.maps import attention_layers
     from sightline.model import load
 
-    model = load(request.model, architecture=request.architecture)
+    model = load(request.model, architecture=request.architecture, vocabulary=request.vocabulary)
+    labels, prompts = lines(request.labels, ","), lines(request.prompts, "|")
+    network, names = model.asked(labels, prompts)
     depth = attention_layers(model.network.backbone)
     for layer in request.layers or ():
         if not 1 <= layer <= depth:
@@ -59,11 +62,12 @@ def run(request: argparse.Namespace) -> int:
         "query": request.query,
         "fusion": request.fusion,
         "residual": request.residual,
-        "target": None if request.target is None else _class(request.target, model.labels),
+        "target": None if request.target is None else _class(request.target, names),
+        "labels": names,
     }
     document = {"model": request.model, "task": model.task}
     if request.images:
-        document |= _explain_images(request, model, settings)
+        document |= _explain_images(request, model, network, settings, labels, prompts)
     else:
         document |= _explain_model(request, model)
     if request.json:
@@ -85,14 +89,21 @@ def _explain_model(request: argparse.Namespace, model: Any) -> dict[str, Any]:
     return {"results": [], "page": str(page), "arrays": str(page.with_name("model.npz"))}
 
 
-def _explain_images(request: argparse.Namespace, model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _explain_images(
+    request: argparse.Namespace,
+    model: Any,
+    network: Any,
+    settings: dict[str, Any],
+    labels: list[str] | None,
+    prompts: list[str] | None,
+) -> dict[str, Any]:
     from sightline.errors import printable
     from sightline.explanation.files import explain_image, folder_names
     from sightline.explanation.overview import Overview
     from sightline.inference.files import expand, stored
     from sightline.inference.predictor import Answer
 
-    predictor = model.predictor(device=request.device, precision=request.precision)
+    predictor = model.predictor(labels=labels, prompts=prompts, device=request.device, precision=request.precision)
     sources = list(expand(request.images))
     names = folder_names(s.path if isinstance(s, Answer) else s for s in sources)
     overview, results, out = Overview(), [], Path(request.out)
@@ -106,7 +117,7 @@ def _explain_images(request: argparse.Namespace, model: Any, settings: dict[str,
         folder = out / name
         reply = stored(answer.prediction, folder, "mask")
         view, page = explain_image(
-            model.network,
+            network,
             model.preprocess,
             str(source),
             folder,
@@ -115,7 +126,6 @@ def _explain_images(request: argparse.Namespace, model: Any, settings: dict[str,
             methods=request.method,
             mask=_mask(request.masks, Path(str(source))),
             judged=request.faithfulness,
-            labels=model.labels,
             **settings,
         )
         result = {"path": answer.path, "page": str(page), "arrays": str(folder / "explanation.npz")}

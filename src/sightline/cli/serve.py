@@ -23,7 +23,7 @@ def arguments(parser: Any) -> None:
     )
     add_fields(parser, Settings)
     parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a further name under which it may be asked"
+        "--allow-host", action="append", metavar="NAME", help="a further name under which it may be asked"
     )
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
     add_device(parser)
@@ -40,7 +40,7 @@ def run(request: argparse.Namespace) -> int:
 
     named = given(request, Settings)
     named.setdefault("api_key", os.environ.get("SIGHTLINE_API_KEY") or None)
-    settings = Settings(**named, allow_hosts=tuple(request.allow_host))
+    settings = Settings(**named, allow_hosts=tuple(request.allow_host or ()))
     models = named_models(request.models)
     options = {"architecture": request.architecture, "device": request.device, "precision": request.precision}
 

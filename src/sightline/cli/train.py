@@ -40,8 +40,10 @@ def arguments(parser: Any) -> None:
         help="classify, detect (boxes), segment (masks) or clip (captions)",
     )
     parser.add_argument("--model", help="architecture, as `sightline models` lists them")
-    parser.add_argument("--weights", metavar="SOURCE", help="weights to start from: a file, a folder, hf:…; or none")
-    parser.add_argument("--recipe", help="fine-tune (default with weights) or fine-tune-as-published")
+    parser.add_argument(
+        "--weights", metavar="SOURCE", help="weights to start from: a file, a folder, builtin:tiny, hf:…; or none"
+    )
+    parser.add_argument("--recipe", help="fine-tune (default with weights), fine-tune-small or fine-tune-as-published")
     parser.add_argument("--out", metavar="DIR", help="model directory to make (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
     parser.add_argument("--epochs", type=float, metavar="X", help="passes over the training images")

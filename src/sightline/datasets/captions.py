@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from jaxtyping import Int64
 
+from sightline.datasets.findings import Finding
 from sightline.datasets.image_set import ImageSet, Marks, Names, Samples
 from sightline.datasets.naming import some
 from sightline.datasets.split import TRAINING, VALIDATION, Splits
@@ -77,35 +78,66 @@ def read_captions(path: Path, seed: int, held_out: float) -> Splits:
     without it a share of the images is held out by seed and name. Raises UserError, with each line, for rows that
     cannot be meant: an empty caption, one that is not UTF-8, an image that is missing, elsewhere, or in two parts.
     """
-    file = next((path / name for name in _FILES if (path / name).is_file()), path) if path.is_dir() else path
+    file = _file(path)
     where = printable(file)
     if not has_captions(file):
         problem = "has no captions" if os.path.exists(file) else "does not exist"  # noqa: PTH110
         raise UserError(f"{where} {problem}: images with texts are a CSV with path,caption or a JSONL file of the same")
+    told = _gathered(file)
+    if told.faults:
+        more = [f"… and {len(told.faults) - TOLD:,} more"] if len(told.faults) > TOLD else []
+        raise UserError("\n".join([*(text for _, text in told.faults[:TOLD]), *more]))
+    notes = [f"rows that repeat another one, left out: {told.repeated}"] if told.repeated else []
+    return _split(file, told.captions, told.parts, seed, held_out, notes)
+
+
+def list_captions(path: Path) -> Iterator[tuple[str, ImageSet, list[Finding]]]:
+    """The parts of a file that may have faults, with what is wrong in it: for `check`."""
+    file = _file(path)
+    told = _gathered(file)
+    findings = [Finding("caption" if "the caption" in text else "row", text) for _, text in told.faults]
+    if told.repeated:
+        findings.append(Finding("repeated-row", f"{told.repeated:,} rows repeat another one"))
+    for part in sorted(set(told.parts.values()), key=lambda name: (name not in TRAINING, name)) or [""]:
+        names = [name for name, other in told.parts.items() if other == part]
+        yield part or "all", _image_set(file, names, told.captions), findings
+        findings = []
+
+
+class _Told(NamedTuple):
+    """What a file says of each image, and what is wrong with its rows."""
+
+    captions: dict[str, list[str]]
+    parts: dict[str, str]
+    faults: list[tuple[int, str]]
+    repeated: int
+
+
+def _file(path: Path) -> Path:
+    return next((path / name for name in _FILES if (path / name).is_file()), path) if path.is_dir() else path
+
+
+def _gathered(file: Path) -> _Told:
+    where = printable(file)
     captions: dict[str, list[str]] = {}
-    parts: dict[str, tuple[str, int]] = {}
+    parts: dict[str, str] = {}
+    lines: dict[str, int] = {}
     faults: list[tuple[int, str]] = []
     repeated = 0
     for row in read_rows(file, faults):
-        part, line = parts.setdefault(row.name, (row.part, row.line))
-        if part != row.part:
+        line = lines.setdefault(row.name, row.line)
+        if parts.setdefault(row.name, row.part) != row.part:
             told = f"'{printable(row.name)}' stands in another part in line {line}"
             faults.append((row.line, f"{where}, line {row.line}: {told}"))
         said = captions.setdefault(row.name, [])
         repeated += row.caption in said
         if row.caption not in said:
             said.append(row.caption)
-    faults += [
-        (line, f"{where}, line {line}: there is no such file: '{printable(name)}'")
-        for name, (_, line) in parts.items()
-        if not os.path.isfile(file.parent / name)  # noqa: PTH113
-    ]
-    if faults:
-        faults.sort()
-        more = [f"… and {len(faults) - TOLD:,} more"] if len(faults) > TOLD else []
-        raise UserError("\n".join([*(text for _, text in faults[:TOLD]), *more]))
-    notes = [f"rows that repeat another one, left out: {repeated}"] if repeated else []
-    return _split(file, captions, {name: part for name, (part, _) in parts.items()}, seed, held_out, notes)
+    for name, line in lines.items():
+        if not os.path.isfile(file.parent / name):  # noqa: PTH113
+            faults.append((line, f"{where}, line {line}: there is no such file: '{printable(name)}'"))
+            del captions[name], parts[name]
+    return _Told(captions, parts, sorted(faults), repeated)
 
 
 def _split(
@@ -232,3 +264,4 @@ def _row(cells: Mapping[Any, Any] | str, home: str, where: str, line: int) -> Ro
 
 
 READERS = {"clip": read_captions}
+STOCKS = {"captions": (has_captions, list_captions)}

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[Severity, str, str]] = {
         "nearly the same image in the training part and in another",
         "look at them; keep copies of one picture in one part only",
     ),
+    "caption": ("error", "captions that are empty, or no text in UTF-8", "write in UTF-8 what is to be seen"),
     "annotation": ("error", "annotations that cannot be meant", "correct or remove them"),
     "unknown-class": ("error", "classes that are not among the named ones", "name the class, or correct the number"),
     "missing-mask": ("error", "images without a mask", "add the mask, or remove the image"),

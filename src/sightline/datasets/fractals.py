@@ -28,6 +28,9 @@ TRIES, FILLED, COARSE = 64, 0.15, 32
 """A formula is drawn anew, so many times at most, while it fills less than that share of a coarse grid of so many
 cells along a side: most random systems make but a few specks (arXiv 2101.08515, section 3.2)."""
 
+OF_CLASS = 1 << 40
+"""Stands in a key where an instance would: more than there are."""
+
 STEEPEST = 0.85
 """The largest singular value of a map: those of its instances then stay below one."""
 
@@ -133,7 +136,7 @@ class Numbers:
 
     def whole(self, low: int, high: int, *shape: int) -> Int64[np.ndarray, "*shape"]:
         """Whole numbers from `low` to below `high`."""
-        return low + (self.uniform(*shape) * (high - low)).astype(np.int64)
+        return np.asarray(low + (self.uniform(*shape) * (high - low)).astype(np.int64))
 
     def bytes(self, count: int) -> UInt8[np.ndarray, " count"]:
         """So many bytes."""
@@ -159,7 +162,7 @@ def _system(seed: int, kind: int, chosen: int, dimensions: int) -> System:
     """
     found = None
     for attempt in range(TRIES):
-        drawn = Numbers(seed, kind, chosen, 1 << 40, attempt)
+        drawn = Numbers(seed, kind, chosen, OF_CLASS, attempt)
         count = int(drawn.whole(2, 9))
         stretch = 0.15 + 0.85 * drawn.uniform(dimensions, count)
         stretch[1:] *= stretch[:1]
@@ -223,7 +226,7 @@ def _turned(q: Float64[np.ndarray, "4 n"]) -> Float64[np.ndarray, "3 3 n"]:
     return np.stack([np.stack([cell / n for cell in row]) for row in rows])
 
 
-def _times(left: Float64[np.ndarray, "i k n"], right: Float64[np.ndarray, "k j n"]) -> Float64[np.ndarray, "i j n"]:
+def _times(left: Float64[np.ndarray, "i k #n"], right: Float64[np.ndarray, "k j #n"]) -> Float64[np.ndarray, "i j #n"]:
     """Products of matrices that lie along the last axis, summed in one order."""
     products = left[:, :, None] * right[None]
     total = products[:, 0]
@@ -312,7 +315,7 @@ def _ifs3d(seed: int, chosen: int, drawn: Numbers, points: int) -> Cloud:
 
 def _one(seed: int, chosen: int, drawn: Numbers, points: int) -> Cloud:
     system, words = _known_system(seed, 3, 0, 2, _parts(points))
-    changed = _varied(system, Numbers(seed, 3, chosen, 1 << 41), 0.15)
+    changed = _varied(system, Numbers(seed, 3, chosen, 2 * OF_CLASS), 0.15)
     return _cloud(changed, words, np.eye(2)[:, :, None])
 
 
@@ -325,7 +328,7 @@ def _parts(points: int) -> int:
 
 def _contour(seed: int, chosen: int, drawn: Numbers, points: int) -> Cloud:
     """Rings of the class's number, corners and waviness; each instance waves in its own way."""
-    of_class = Numbers(seed, 2, chosen, 1 << 40)
+    of_class = Numbers(seed, 2, chosen, OF_CLASS)
     corners, rings = int(of_class.whole(3, 41)), int(of_class.whole(2, 17))
     inner, across, roughness = (float(of_class.uniform()) for _ in range(3))
     shape = 1 + 0.6 * roughness * (2 * of_class.uniform(corners) - 1)

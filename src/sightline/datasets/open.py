@@ -1,6 +1,7 @@
 """Whatever the user calls a dataset, as training and validation images."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,5 +57,5 @@ def _built_in(source: str, task: str, seed: int, held_out: float) -> Splits:
         require(not words, f"{_BUILTIN}{printable(name)} has no settings, and '{printable(words)}' was given")
         return offered[task](seed, held_out)
     told = dict(word.partition("=")[::2] for word in words.split(",") if word)
-    values = {key: int(value) if value.isascii() and value.isdigit() else value for key, value in told.items()}
+    values = {key: int(value) if re.fullmatch("[0-9]{1,9}", value) else value for key, value in told.items()}
     return replace(offered[task](seed, held_out, from_json(options, values, f"{_BUILTIN}{name}")), source=source)

@@ -34,8 +34,11 @@ class Judged:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-Protocol = Callable[[Labelled, Labelled, int, Sequence[int], int], Judged]
-"""What the `PROTOCOLS` tables hold: (training part, part to judge by, classes, shots, seed) to what was found."""
+Protocol = Callable[..., Judged]
+"""What the `PROTOCOLS` tables hold: (training part, part to judge by, classes, shots, seed) to what was found.
+
+No `shots` means as many as the protocol finds usual; one that needs neither shots nor seed passes over them.
+"""
 
 
 def wilson(share: float, count: int) -> Interval:

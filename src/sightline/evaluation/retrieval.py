@@ -97,10 +97,7 @@ class Retrieval(Measure):
     def headline(self) -> str:
         metrics = self.metrics()
         first, second = metrics["image_to_text_r1"], metrics["text_to_image_r1"]
-        return (
-            f"image to text R@1 {first:.2%}  text to image R@1 {second:.2%}  "
-            f"of {self.evaluated:,} images and {len(self.texts):,} different captions"
-        )
+        return f"image to text R@1 {first:.2%}  text to image R@1 {second:.2%}  among {len(self.texts):,} captions"
 
     def lines(self, labels: Sequence[str]) -> list[str]:
         metrics = self.metrics()

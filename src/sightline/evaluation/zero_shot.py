@@ -40,7 +40,4 @@ class ZeroShot(Accuracy):
 
     def headline(self) -> str:
         found = self.metrics()
-        return (
-            f"zero-shot top-1 {found['zero_shot_top1']:.2%}  top-5 {found['zero_shot_top5']:.2%}  "
-            f"of {self.evaluated + len(self.refused):,} images"
-        )
+        return f"zero-shot top-1 {found['zero_shot_top1']:.2%}  top-5 {found['zero_shot_top5']:.2%}"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.errors import UserError
 from sightline.explanation.activation import class_activation
@@ -26,7 +26,7 @@ HEADS_BYTES = 256 * 2**20
 
 
 def explain(
-    network: nn.Module,
+    network: Any,
     pixels: Float[Tensor, "*b 3 h w"],
     *,
     layers: Sequence[int] | None = None,
@@ -74,6 +74,7 @@ def explain(
         with before_norm(backbone) as entered:
             tokens, calls = record(backbone, batch)
         gaze, words = _gaze(network, tokens, size, labels)
+        asked_texts = hasattr(network, "similarity")
         found = [laid_out(backbone, call, size) for call in calls]
         chosen = _choose(found, layers)
         grids = tuple(layer.seats.grid for layer in found)
@@ -125,6 +126,8 @@ def explain(
             colours_variance=shades.variance,
             norms=norms.patches,
             prefix_norms=norms.prefix,
+            text_similarity=network.similarity(tokens).float().cpu().numpy() if asked_texts else None,
+            texts=tuple(labels or ()) if asked_texts else (),
         )
 
 

@@ -45,14 +45,15 @@ def lattice(backbone: nn.Module, size: Grid, grid: Grid) -> Lattice:
     """Where the finest grid of a backbone lies on an image of `size` (height, width) that became `grid`.
 
     The step is read from the grid that the tokenizer gives a very long image, where a last patch that is cut off or
-    filled up no longer counts; so any stem will do. Without a tokenizer, patches that overlap lie where the first
-    convolution puts the centres of its kernels; and where neither makes this grid, it is taken to cover the image
-    exactly, as activation maps are drawn in arXiv 1512.04150.
+    filled up no longer counts; so any stem will do, and one whose cells do not begin at 0 says so by its `origin`.
+    Without a tokenizer, patches that overlap lie where the first convolution puts the centres of its kernels; and where
+    neither makes this grid, it is taken to cover the image exactly, as activation maps are drawn in arXiv 1512.04150.
     """
     grid_of = getattr(getattr(backbone, "tokenizer", None), "grid", None)
     if grid_of is not None and tuple(grid_of(size)) == grid:
         rows, columns = grid_of((_LONG, _LONG))
-        return Lattice((0.0, 0.0), (float(round(_LONG / rows)), float(round(_LONG / columns))))
+        origin = getattr(backbone.tokenizer, "origin", (0.0, 0.0))
+        return Lattice(origin, (float(round(_LONG / rows)), float(round(_LONG / columns))))
     convolution = first_convolution(backbone)
     if convolution is not None and convolution.padding == (0, 0):
         (down, right), kernel = convolution.stride, convolution.kernel_size

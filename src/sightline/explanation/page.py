@@ -38,8 +38,10 @@ svg polyline { fill: none; stroke: var(--dot); stroke-width: 2 } svg .pale { str
 .matrix th { padding: .15rem .45rem } .hit { background: rgb(60 140 90 / calc(var(--share) * .7)) }
 .miss { background: rgb(200 60 40 / min(1, calc(var(--share) * 4))) }
 .three img { width: calc(33% - .3rem); image-rendering: pixelated } .three img + img { margin-left: .4rem }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem }
+.maps img, .cards img { width: 100% }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .8rem }
-.cards img { width: 100% } .cards figcaption { overflow-wrap: anywhere; font-size: .85rem }
+.cards figcaption { overflow-wrap: anywhere; font-size: .85rem }
 .pair img { width: calc(50% - .3rem); image-rendering: pixelated } .pair img + img { margin-left: .6rem }
 """
 
@@ -117,6 +119,10 @@ class Page:
         if explanation.gaze is not None:
             pictures = [self._over(cells) for cells in explanation.gaze]
             self._png["gaze.png"] = png(sheet(pictures, list(map(printable, explanation.gaze_words)), 3))
+        if explanation.text_similarity is not None:
+            least = float(explanation.text_similarity.min())
+            pictures = [self._over(cells - least) for cells in explanation.text_similarity]
+            self._png["texts.png"] = png(sheet(pictures, list(map(printable, explanation.texts)), 3))
         over = {method: self._over(cells) for method, cells in maps_of(explanation, self.methods).items()}
         self._png |= {_FILES[method]: png(Image.fromarray(picture)) for method, picture in over.items()}
         if over:
@@ -165,8 +171,8 @@ class Page:
 
     def html(self) -> str:
         """The page: pictures inside, nothing loaded from elsewhere."""
-        sections = [self._answer(), self._gaze(), self._rollouts(), self._activation(), self._judged(), self._heads()]
-        sections += [self._masks(), self._distances(), self._features()]
+        sections = [self._answer(), self._texts(), self._gaze(), self._rollouts(), self._activation()]
+        sections += [self._judged(), self._heads(), self._masks(), self._distances(), self._features()]
         sections += [positions_section(self._png), filters_section(self._png)]
         return document(f"What the model looked at in {self.name}", "\n".join(filter(None, sections)))
 
@@ -184,6 +190,16 @@ class Page:
         return (
             "<h2>The head's own attention</h2><p>What each of these, an object that was found or a class that was told "
             f"apart, asks of the patches. Colours reach from 0 to the largest share.</p>{figure}"
+        )
+
+    def _texts(self) -> str:
+        if "texts.png" not in self._png:
+            return ""
+        figure = self._figure("texts.png", "The cosine of each patch and each text")
+        return (
+            "<h2>Where the texts are</h2><p>How near each patch lies to each text, in the space in which whole images "
+            "are compared with texts. Each picture has its own scale, from the least cosine of all to its largest: it "
+            f"shows where, not how well.</p>{figure}"
         )
 
     def _figure(self, name: str, caption: str) -> str:
@@ -226,7 +242,7 @@ class Page:
             f"({explanation.fusion} of the heads, {explanation.residual:g} for the skip connection).{merged} Colours "
             "reach from 0 to the largest share; what the model did not see is dimmed. Rollout follows attention, not "
             f"causes: it does not say why a class was chosen.{relevance}</p>"
-            f'<div class="row">{"".join(figures)}</div>'
+            f'<div class="maps">{"".join(figures)}</div>'
         )
 
     def _activation(self) -> str:
@@ -246,7 +262,7 @@ class Page:
             f"<h2>Class activation</h2><p>How much each place speaks for {named}: the classifier's weights for this "
             "class times what the network holds there. The mean over all places, with the class's bias, is its score "
             "before the softmax. Colours reach from 0 to the largest value; places that speak against the class are "
-            f'as dark as those that say nothing.</p><div class="row">{"".join(figures)}</div>'
+            f'as dark as those that say nothing.</p><div class="maps">{"".join(figures)}</div>'
         )
 
     def _judged(self) -> str:
@@ -329,7 +345,7 @@ class Page:
         return (
             "<h2>What the patches hold</h2><p>Patches of like colour hold like things. Norms are those before the "
             f"final norm: median {np.median(explanation.norms):.3g}, largest {explanation.norms.max():.3g}"
-            f'{f"; {prefix}" if prefix else ""}.{flag}{own}</p><div class="row">{"".join(figures)}</div>'
+            f'{f"; {prefix}" if prefix else ""}.{flag}{own}</p><div class="maps">{"".join(figures)}</div>'
         )
 
 

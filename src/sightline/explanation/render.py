@@ -69,7 +69,7 @@ def _axis(
     nearest = np.clip((at - origin) / stride - 0.5, 0, cells - 1)
     nearest = np.rint(nearest) if blocks else nearest
     shares = np.maximum(1 - np.abs(nearest[:, None] - np.arange(cells)), 0)
-    return shares.astype(np.float32), (at >= 0) & (at < min(size, cells * stride + 2 * origin))
+    return shares.astype(np.float32), (at >= 0) & (at < min(size, cells * stride + max(2 * origin, 0)))
 
 
 def overlay(

@@ -57,8 +57,9 @@ class Explanation:
     `features` are the last patches as the head reads them, on the last grid. `colours` shows their first three
     principal components as red, green and blue from 0 to 1, and `colours_variance` has these components' shares of the
     variance. `norms` are the Euclidean norms of the last patches before the final norm, `prefix_norms` those of the
-    prefix tokens. `image` is the upright image, at most `SHOWN` pixels long, and `box` the part of it that the model
-    saw; None where only pixels were given.
+    prefix tokens. `text_similarity` is the cosine between each patch and each of `texts`, for networks that were asked
+    about them; None for others. `image` is the upright image, at most `SHOWN` pixels long, and `box` the part of it
+    that the model saw; None where only pixels were given.
     """
 
     rollout: Float[np.ndarray, "rows columns"] | None
@@ -92,6 +93,8 @@ class Explanation:
     colours_variance: Float[np.ndarray, " 3"]
     norms: Float[np.ndarray, "_ _"]
     prefix_norms: Float[np.ndarray, " prefix"]
+    text_similarity: Float[np.ndarray, "texts rows columns"] | None = None
+    texts: tuple[str, ...] = ()
     image: UInt8[np.ndarray, "h w 3"] | None = None
     box: Box | None = None
 
@@ -186,6 +189,7 @@ class Explanation:
             "relevance": self.relevance,
             "activation": self.activation,
             "gaze": self.gaze,
+            "text_similarity": self.text_similarity,
             "features": self.features,
             "colours": self.colours,
             "colours_variance": self.colours_variance,

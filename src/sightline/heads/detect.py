@@ -239,8 +239,8 @@ class DetectHead(nn.Module):
         placed = memory + places
         reference = None
         if self.queries is not None:
-            asked, among = self.queries[None].expand(memory.shape[0], -1, -1), None
-            x = torch.zeros_like(asked)
+            x = memory.new_zeros(memory.shape[0], *self.queries.shape)
+            asked, among = x + self.queries, None
         else:
             assert self.anchor is not None
             x, asked, among = memory, places, hidden

@@ -6,6 +6,7 @@ arXiv 2005.12872, sections 3.1 and A.2. Boxes are centre x, centre y, width and 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -29,7 +30,7 @@ class Targets(NamedTuple):
     boxes: Float[Tensor, "n 4"]
 
 
-Match = tuple[Int[Tensor, " m"], Int[Tensor, " m"]]
+Match = tuple[Int[Tensor, " _"], Int[Tensor, " _"]]
 """Queries in rising order, and the objects that they answer for."""
 
 
@@ -45,7 +46,7 @@ def centred(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     return torch.cat([(first + last) / 2, last - first], dim=-1)
 
 
-def generalized_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+def generalized_iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*m"]:
     """Generalised intersection over union of boxes as corners, -1 to 1 (arXiv 1902.09630, algorithm 1)."""
 
     def area(first: Tensor, last: Tensor) -> Tensor:
@@ -59,26 +60,37 @@ def generalized_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float
 
 
 @torch.no_grad()
-def match(logits: Float[Tensor, "q k1"], boxes: Float[Tensor, "q 4"], targets: Targets, copies: int = 1) -> Match:
-    """The queries of one image that together answer for its objects at least cost; every other one for nothing.
+def match(
+    logits: Float[Tensor, "b layers q k1"],
+    boxes: Float[Tensor, "b layers q 4"],
+    targets: Sequence[Targets],
+    copies: Sequence[int],
+) -> list[list[Match]]:
+    """For each layer and image, the queries that together answer for its objects at least cost; others for nothing.
 
-    With `copies` each object is answered for by that many queries. Raises UserError where scipy is not installed.
+    With `copies` above one for a layer, each object is answered for by that many queries there, as far as there are
+    enough. Raises UserError where scipy is not installed.
     """
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise UserError('teaching detection needs scipy: pip install "sightline[dense]"') from error
-    copies = max(min(copies, len(logits) // max(len(targets.labels), 1)), 1)
-    labels, wanted = targets.labels.repeat(copies), targets.boxes.repeat(copies, 1)
-    fit = logits.softmax(dim=-1)[:, labels]
-    far = torch.cdist(boxes, wanted, p=1)
-    overlap = generalized_iou(corners(boxes)[:, None], corners(wanted)[None])
-    cost = L1_COST * far - CLASS_COST * fit - GIOU_COST * overlap
-    cost = cost + 1e4 * (logits[:, -1:] >= NOBODY)
-    # Numbers that are none would end the run here; so the update finds that its gradient is not finite.
-    rows, columns = linear_sum_assignment(cost.float().nan_to_num(nan=0.0, posinf=1e6, neginf=-1e6).cpu().numpy())
-    number = torch.as_tensor(columns, dtype=torch.int64, device=logits.device)
-    return torch.as_tensor(rows, dtype=torch.int64, device=logits.device), number % max(len(targets.labels), 1)
+    found: list[list[Match]] = [[] for _ in copies]
+    for image, target in enumerate(targets):
+        own, count = boxes[image], len(target.labels)
+        fit = logits[image].softmax(dim=-1)[..., target.labels.long()]
+        far = (own[:, :, None] - target.boxes).abs().sum(dim=-1)
+        overlap = generalized_iou(corners(own)[:, :, None], corners(target.boxes))
+        cost = L1_COST * far - CLASS_COST * fit - GIOU_COST * overlap + 1e4 * (logits[image, ..., -1:] >= NOBODY)
+        # Numbers that are none would end the run here; so the update finds that its gradient is not finite.
+        table = cost.float().nan_to_num(nan=0.0, posinf=1e6, neginf=-1e6).cpu().numpy()
+        for layer, most in enumerate(copies):
+            times = max(min(most, logits.shape[2] // max(count, 1)), 1)
+            queries, objects = linear_sum_assignment(np.tile(table[layer], (1, times)))
+            pair = np.stack([queries, objects % max(count, 1)]).astype(np.int64)
+            rows, columns = torch.from_numpy(pair).to(logits.device)
+            found[layer].append((rows, columns))
+    return found
 
 
 class Parts(NamedTuple):
@@ -137,11 +149,11 @@ def detection_loss(
     """
     logits, boxes = logits.float(), boxes.float()
     layers = logits.shape[1]
-    parts = []
-    for layer in range(layers):
-        mine = 1 if layer == layers - 1 else copies
-        chosen = [match(logits[i, layer], boxes[i, layer], target, mine) for i, target in enumerate(targets)]
-        parts.append(layer_loss(logits[:, layer], boxes[:, layer], targets, chosen, no_object_weight))
+    chosen = match(logits, boxes, targets, [copies] * (layers - 1) + [1])
+    parts = [
+        layer_loss(logits[:, layer], boxes[:, layer], targets, chosen[layer], no_object_weight)
+        for layer in range(layers)
+    ]
     last = parts[-1]
     figures = {"loss_class": last.classes, "loss_box": last.distance, "loss_giou": last.overlap}
     return Step(

@@ -68,6 +68,11 @@ class ClipConfig:
         require(math.isfinite(self.logit_scale_init), "logit_scale_init must be a finite number")
 
     @property
+    def global_pool(self) -> str:
+        """What is read of an image: its class token."""
+        return "token"
+
+    @property
     def text_hidden(self) -> int:
         """Width of the hidden layer of each MLP of the text tower."""
         return 4 * self.text_width if self.text_mlp_dim is None else self.text_mlp_dim
@@ -116,6 +121,14 @@ class ClipHead(nn.Module):
 
     def forward(self, tokens: Tokens, area: Area | None = None) -> Float[Tensor, "b d"]:
         return self.features(tokens)
+
+    def similarity(self, tokens: Tokens, texts: Float[Tensor, "k d"]) -> Float[Tensor, "b k patches"]:
+        """The cosine of each patch, taken to the common space as the image is, and each text (-1 to 1).
+
+        The network learns to compare whole images; that patches lie near the words for what they show is a by-product.
+        """
+        patches = F.normalize(self.projection(tokens.patches).float(), dim=-1)
+        return F.normalize(texts.float(), dim=-1) @ patches.transpose(1, 2)
 
     def encode_text(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         """A text's place in the common space, [batch, projection_dim], not normalised."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from sightline.errors import UserError, WorkError, printable
 from sightline.images.decode import ImageError, Source
 from sightline.images.preprocess import Preprocess
-from sightline.network import Network
 from sightline.types import Placement, Reply, each, finite
 
 
@@ -52,7 +51,7 @@ class Predictor:
 
     def __init__(
         self,
-        network: Network,
+        network: Any,
         preprocess: Preprocess,
         labels: Sequence[str],
         *,

@@ -12,6 +12,7 @@ from sightline.network import ImageTextNetwork
 from sightline.texts.byte_pairs import Vocabulary
 from sightline.texts.prompts import BARE, PHOTO, prompts
 from sightline.texts.vocabularies import PUBLISHED_SIZE
+from sightline.types import Tokens
 
 _AT_ONCE = 256  # texts
 
@@ -28,6 +29,15 @@ class ZeroShotNetwork(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Any:
         return self.head.match(self.network.encode_image(pixels, sizes), self.texts).logits_per_image
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The image tower."""
+        return self.network.backbone
+
+    def similarity(self, tokens: Tokens) -> Float[Tensor, "k rows columns"]:
+        """The cosine of each patch of one image and each of the texts."""
+        return self.head.similarity(tokens, self.texts)[0].unflatten(1, tokens.grid)
 
     def embed(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Float[Tensor, "b d"]:
         """The images' own vectors."""

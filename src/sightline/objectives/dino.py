@@ -102,9 +102,8 @@ class DINO(Objective):
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.centre: Tensor
-        self.sums: Tensor
         self.register_buffer("centre", torch.zeros(2, config.prototypes))
-        self.register_buffer("sums", torch.zeros(2, config.prototypes + 1), persistent=False)
+        self.sums = torch.zeros(2, config.prototypes + 1)  # no buffer: processes must not share it before its time
         self.progress = 0.0
 
     @property
@@ -129,7 +128,7 @@ class DINO(Objective):
 
     def before_update(self, progress: float) -> None:
         self.progress = progress
-        self.sums.zero_()
+        self.sums = self.centre.new_zeros(self.sums.shape)
 
     def forward(self, batch: Batch) -> Step:
         config, size = self.config, len(batch.index)

@@ -53,8 +53,10 @@ def crossed(teacher: Float[Tensor, "g b k"], student: Float[Tensor, "v b k"], te
 
 @torch.no_grad()
 def sharpened(logits: Float[Tensor, "*n k"], centre: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "*n k"]:
-    """softmax((logits - centre) / temperature): the centre keeps any one prototype from taking all, the temperature
-    keeps all from being equal (arXiv 2104.14294, section 3.1).
+    """The teacher's probabilities: softmax((logits - centre) / temperature).
+
+    The centre keeps any one prototype from taking all, the temperature keeps all from being equal (arXiv 2104.14294,
+    section 3.1).
     """
     return F.softmax((logits.float() - centre) / temperature, dim=-1)
 

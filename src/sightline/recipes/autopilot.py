@@ -11,9 +11,9 @@ from sightline.datasets.image_set import ImageSet
 from sightline.device import pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
-from sightline.recipes.fine_tune import RECIPES
+from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch
 from sightline.recipes.pace import measure, micro_batch
-from sightline.recipes.recipe import Facts, Recipe, facts
+from sightline.recipes.recipe import Facts, Recipe, evaluations, facts
 from sightline.recipes.task import Task
 from sightline.registry import find
 from sightline.schema import from_json
@@ -50,6 +50,9 @@ def autopilot(
         return _measured(task, candidate, candidate.architecture.build(), world)[0]
 
     torch.manual_seed(seed)
+    said = model or recipe or resize == "native" or set(network) - {"image_size"}
+    if weights is None and not said and task.warm and ahead_of_scratch(known):
+        weights = SHIPPED
     if weights is None or str(weights) == "none":
         if recipe not in (None, "from-scratch"):
             raise UserError(f"recipe '{recipe}' starts from weights: name them with --weights")
@@ -59,7 +62,9 @@ def autopilot(
         torch.manual_seed(seed)
         taught = chosen.architecture.build()
     else:
-        chosen, taught = _from_weights(task, known, model, weights, recipe or "fine-tune", network)
+        usual = "fine-tune-small" if str(weights) == SHIPPED else "fine-tune"
+        chosen, taught = _from_weights(task, known, model, weights, recipe or usual, network)
+        chosen = chosen.told({"evaluations": evaluations(settings.get("minutes"))}, {})
     chosen = sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
     seconds, memory = _measured(task, chosen, taught, world)
     parts = chosen.settings.micro_batch or world.agree(micro_batch(chosen.settings, memory, world.device))

@@ -27,6 +27,7 @@ class Classification(Task):
 
     name = "classify"
     score = "top1"
+    warm = True
     report = ClassesReport
 
     def varied(self, augment: Augment, preprocess: Preprocess) -> Augmented:

@@ -29,6 +29,10 @@ LARGEST = 128
 """Pixels along the side of a square: larger images are reduced when a small network learns from nothing."""
 
 
+VIEWS = 150_000
+"""Training images, repetitions counted, that a small network gets to see where no time is given."""
+
+
 class _Objects(Joint):
     """An image and its objects as a network reads them; crowds are left out."""
 
@@ -119,15 +123,15 @@ class Detection(Task):
         size = tuple(max(round(side * scale / 8), 1) * 8 for side in (height, width))
         if model is None:
             settings: dict[str, Any] = {"image_size": size, "patch_size": 8, "tokenizer": "convolution"}
-            settings |= {"embed_dim": 96, "depth": 4, "num_heads": 4, "queries_from": "patches", "hidden_dim": 96}
-            settings |= {"encoder_layers": 0, "decoder_layers": 3, "decoder_heads": 4, "decoder_mlp": 256}
+            settings |= {"embed_dim": 64, "depth": 4, "num_heads": 4, "queries_from": "patches", "hidden_dim": 64}
+            settings |= {"encoder_layers": 0, "decoder_layers": 2, "decoder_heads": 4, "decoder_mlp": 192}
             settings |= {"drop_rate": 0.0, "attn_drop": 0.0, "copies": 4}
             model = "vit_nano_patch4_32"
             why = f"images of {facts.size[0]}×{facts.size[1]} pixels are read at {size[0]}×{size[1]}, in patches of 8×8"
         else:
             settings, why = {}, f"{model} was asked for"
         architecture = describe(model, facts.classes, task=self.name, **{**settings, **overrides})
-        epochs = min(max(round(60_000 / facts.images), 15), 300)
+        epochs = min(max(round(VIEWS / facts.images), 15), 300)
         return Recipe(
             "from-scratch",
             architecture,

@@ -1,8 +1,9 @@
 """A model weighed on labelled images, by its answers or by its features."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
 from sightline.device import pick_device, pick_precision
+from sightline.errors import UserError, printable, suggest
 from sightline.evaluation.cache import Cache
 from sightline.evaluation.features import Embedding
 from sightline.evaluation.measure import weigh
-from sightline.evaluation.protocol import Interval, Labelled, Protocol
+from sightline.evaluation.protocol import Interval, Judged, Labelled, Protocol
 from sightline.model import load
 from sightline.recipes.task import task_of
-from sightline.registry import find
+from sightline.registry import table
 from sightline.schema import require
 
 
@@ -91,12 +93,20 @@ def evaluate(
     """
     require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
     require(workers >= 0, f"workers must not be negative, and is {workers}")
+    require(seed is None or 0 <= seed < 2**31, f"seed must lie in [0, 2147483648), not {seed}")
+    require(shots is None or protocol == "few-shot", "shots are for the protocol few-shot")
+    require(shots is None or shots > 0, f"shots must be positive, not {shots}")
+    known = {"accuracy": None, **table("evaluation", "PROTOCOLS")}
+    if protocol not in known:
+        near = suggest(protocol, known)
+        raise UserError(f"unknown protocol '{printable(protocol)}'.{near} There are {', '.join(known)}.")
+    judge: Protocol | None = known[protocol]
     model = load(source, architecture=architecture, vocabulary=vocabulary)
     where = pick_device(device)
     folder = Path(source)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     drawn = int(record.get("seed", 0)) if seed is None else seed
-    if protocol != "accuracy":
+    if judge is not None:
         embedding = Embedding(
             model.network,
             model.preprocess,
@@ -106,9 +116,8 @@ def evaluate(
             workers=workers,
             cache=Cache() if cache else None,
         )
-        splits = open_dataset(data, seed=drawn)
-        return _of_features(protocol, embedding, splits, () if shots is None else (shots,), seed or 0, str(source))
-    require(shots is None, "shots are for the protocol few-shot")
+        judged = partial(judge, shots=() if shots is None else (shots,), seed=seed or 0)
+        return _of_features(protocol, judged, embedding, open_dataset(data, seed=drawn), str(source))
     task = task_of(model.task).for_model(model, prompts)
     splits = task.open(data, drawn)
     chosen, notes = _part(splits, record, seed)
@@ -133,9 +142,9 @@ def evaluate(
         counts.metrics(),
         {"evaluated": counts.evaluated, "refused": len(counts.refused)},
         {"evaluate": round(time.monotonic() - began, 2)},
-        counts.details(model.labels),
+        counts.details(images.classes),
         counts.headline(),
-        counts.lines(model.labels),
+        counts.lines(images.classes),
         counts.refused,
         notes,
         str(folder / "report.html") if (folder / "report.html").is_file() else None,
@@ -143,11 +152,9 @@ def evaluate(
 
 
 def _of_features(
-    name: str, embedding: Embedding, splits: Splits, shots: tuple[int, ...], seed: int, source: str
+    name: str, judge: Callable[[Labelled, Labelled, int], Judged], embedding: Embedding, splits: Splits, source: str
 ) -> Evaluated:
     """What a protocol finds in the features of both parts of a set."""
-    judge: Protocol = find("evaluation", "PROTOCOLS", name, "protocol")
-    require(not shots or name == "few-shot", "shots are for the protocol few-shot")
     began = time.monotonic()
     parts, refused, cached = [], [], []
     for images in (splits.train, splits.val):
@@ -158,8 +165,8 @@ def _of_features(
         cached.append(found.cached)
         require(len(found.rows) > 0, f"none of the images of {splits.source} can be read")
     embedded = time.monotonic()
-    judged = judge(*parts, len(splits.train.classes), shots, seed)
     train, val = parts
+    judged = judge(train, val, len(splits.train.classes))
     notes = [f"learned from {len(train.labels):,} images, judged on {len(val.labels) + val.refused:,}", *splits.notes]
     notes += ["the features were in the cache (--no-cache computes them anew)"] if all(cached) else []
     if refused[0]:

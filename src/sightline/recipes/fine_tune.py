@@ -9,6 +9,18 @@ from sightline.recipes.from_scratch import teaching
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
+SHIPPED = "builtin:tiny"
+"""The weights that come with Sightline."""
+
+SIDE, EACH, MOST = 32, 40, 5_000
+"""Pixels along the shorter side from which, images of each class up to which, and images in all below which learning
+from `SHIPPED` was ahead of learning from random weights (docs/decisions/0018-weights-that-ship.md)."""
+
+
+def ahead_of_scratch(facts: Facts) -> bool:
+    """Whether the weights that ship are the better start for such images, by what was measured."""
+    return facts.side >= SIDE and facts.images <= EACH * facts.classes and facts.images < MOST
+
 
 def fine_tune(facts: Facts, architecture: Architecture, preprocess: Preprocess) -> Recipe:
     """A present-day default: AdamW whose rate falls towards the input (arXiv 2106.08254), random crops, smoothing."""
@@ -77,7 +89,8 @@ def fine_tune_small(facts: Facts, architecture: Architecture, preprocess: Prepro
 
     What small networks bear on small images: Muon, slight turns and shifts, no crops (`from_scratch`).
     """
-    like = teaching(facts, architecture, ["the weights have learned before, so that the rate is half of theirs"], None)
+    why = "the weights have learned before, so that the rate is half of what random ones bear (--weights none)"
+    like = teaching(facts, architecture, [why], None)
     return replace(
         like,
         name="fine-tune-small",

@@ -7,7 +7,7 @@ from typing import Any
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, count_parameters, describe
-from sightline.recipes.recipe import Facts, Recipe
+from sightline.recipes.recipe import Facts, Recipe, evaluations
 from sightline.training.settings import Settings
 
 VIEWS, PLAIN_VIEWS = 60_000, 100_000
@@ -93,7 +93,7 @@ def teaching(facts: Facts, architecture: Architecture, why: list[str], minutes: 
             min_lr=0.01,
             smoothing=0.1,
             mixup=0.15,
-            evaluations=20 if minutes is None else min(max(round(4 * minutes), 3), 20),
+            evaluations=evaluations(minutes),
         ),
         (*why, *length, facts.mirroring.why),
     )

@@ -185,6 +185,7 @@ class ImagesAndTexts(Task):
         return replace(recipe, settings=settings)
 
     def objective(self, network: Network, settings: Settings) -> Contrastive:
+        super().objective(network, settings)  # which refuses what mixes labels
         return Contrastive(network)  # ty: ignore[invalid-argument-type]  (networks with this head read texts)
 
     def noise(self, images: int, size: tuple[int, int]) -> Int[Tensor, "b n"]:

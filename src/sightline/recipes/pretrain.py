@@ -135,13 +135,14 @@ def _learned_first(
     A run that was stopped goes on, and one that is finished is used as it is.
     """
     kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
-    config: Any = from_json(kind.Config, options, objective)
     found: dict[str, Any] = {}
     for option, other in kind.first.items():
         if not options.get(option):
             few = {name: told[name] for name in ("seed", "epochs", "image_size", *RETOLD) if name in told}
             found[option] = _finished(folder, other, data, other, {**machine, **few})
-    for number in range(1, getattr(config, "rounds", 1)):
+    rounds = options.get("rounds", 1)
+    require(type(rounds) is int and rounds > 0, f"rounds has to be a positive whole number, not {printable(rounds)}")
+    for number in range(1, rounds):
         found["rounds"] = 1
         earlier = {**told, "options": {**options, **found}}
         found["teacher"] = _finished(folder, f"round-{number}", data, objective, {**machine, **earlier})

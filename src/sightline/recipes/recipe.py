@@ -58,6 +58,11 @@ def facts(images: ImageSet, seed: int, *, reflections: bool = True) -> Facts:
     return Facts(len(images), len(images.classes), (int(height), int(width)), alike, mirrored)
 
 
+def evaluations(minutes: float | None) -> int:
+    """How often a run is evaluated: as `Settings` has it, but rarely where there are only so many minutes."""
+    return 20 if minutes is None else min(max(round(4 * minutes), 3), 20)
+
+
 def _size(image: Picture) -> tuple[int, int] | None:
     try:
         return image_size(image)

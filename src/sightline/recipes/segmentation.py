@@ -29,6 +29,10 @@ LARGEST = 128
 """Pixels along the side of a square: larger images are reduced when a small network learns from nothing."""
 
 
+VIEWS = 100_000
+"""Training images, repetitions counted, that a small network gets to see where no time is given."""
+
+
 class _Pixels(Joint):
     """An image and its mask as a network reads them."""
 
@@ -110,13 +114,13 @@ class Segmentation(Task):
         size = tuple(max(round(side * scale / 8), 1) * 8 for side in (height, width))
         if model is None:
             settings: dict[str, Any] = {"image_size": size, "patch_size": 8, "tokenizer": "convolution"}
-            settings |= {"embed_dim": 96, "depth": 6, "num_heads": 4, "decoder": "linear", "cells": 8}
+            settings |= {"embed_dim": 64, "depth": 4, "num_heads": 4, "decoder": "linear", "cells": 8}
             model = "vit_nano_patch4_32"
             why = f"images of {facts.size[0]}×{facts.size[1]} pixels are read at {size[0]}×{size[1]}, in patches of 8×8"
         else:
             settings, why = {}, f"{model} was asked for"
         architecture = describe(model, facts.classes, task=self.name, **{**settings, **overrides})
-        epochs = min(max(round(40_000 / facts.images), 10), 300)
+        epochs = min(max(round(VIEWS / facts.images), 10), 300)
         return Recipe(
             "from-scratch",
             architecture,
@@ -124,7 +128,7 @@ class Segmentation(Task):
             Augment(horizontal_flip=0.5, brightness=0.1, contrast=0.1),
             Settings(
                 epochs=epochs,
-                batch_size=min(32, max(facts.images // 4, 8)) // 2 * 2,
+                batch_size=min(16, max(facts.images // 4, 8)) // 2 * 2,
                 optimizer="muon",
                 lr=2e-3,
                 beta2=0.99,

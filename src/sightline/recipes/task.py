@@ -41,6 +41,8 @@ class Task(ABC):
     score: ClassVar[str]
     report: ClassVar[type[Report]]
     vocabulary: Vocabulary | None = None
+    warm: ClassVar[bool] = False
+    """Whether the weights that ship were measured to be the better start for it."""
 
     def open(self, source: str | Path, seed: int) -> Splits:
         """The images of a dataset with what is marked in them. Raises UserError."""
@@ -64,6 +66,7 @@ class Task(ABC):
 
     def aligned(self, labels: Sequence[str], images: ImageSet, data: str) -> ImageSet:
         """The images with their classes numbered as a model's `labels` are. Raises UserError for other classes."""
+        require(len(labels) > 0, "the model has no classifier; its features are judged with --protocol knn")
         missing, extra = set(labels) - set(images.classes), set(images.classes) - set(labels)
         if missing or extra:
             gaps = [f"only the model knows {some(sorted(missing))}"] if missing else []
@@ -100,7 +103,9 @@ class Task(ABC):
         return recipe
 
     def objective(self, network: Network, settings: Settings) -> Objective:
-        """What is minimised."""
+        """What is minimised. Raises UserError for settings that only images with one class each can have."""
+        for name in ("mixup", "cutmix", "smoothing"):
+            require(not getattr(settings, name), f"{name} is for images with one class each, not for '{self.name}'")
         return Supervised(network)
 
     @abstractmethod

@@ -38,6 +38,7 @@ class CaptionsReport(Report):
         "label",
         "It compares images with texts like the captions it learned from, and knows nothing that they never speak of",
         figures,
+        '["image.jpg"], labels=["a cat", "a dog"]',
     )
 
     def findings(self) -> list[str]:

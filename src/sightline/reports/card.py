@@ -22,8 +22,7 @@ tags: [vision-transformer, {tag}]
 |---|---|
 {figures}
 | training images | {train:,} |
-| classes | {classes} |
-| recipe | {recipe}, seed {seed}, {seconds:.0f} s |
+{classes}| recipe | {recipe}, seed {seed}, {seconds:.0f} s |
 | data fingerprint | `{fingerprint}` |
 
 ## Use
@@ -32,14 +31,14 @@ tags: [vision-transformer, {tag}]
 import sightline
 
 model = sightline.load("{folder}")
-print(model.predict(["image.jpg"])[0].{attribute})
+print(model.predict({arguments})[0].{attribute})
 ```
 
 Pixels are prepared as `config.json` says; the same code prepares them in training, evaluation and prediction.
 
 ## Limits
 
-{limits}: {labels}.
+{limits}.
 The held-out images come from the same source as the training images; on images of another source expect less.
 """
 
@@ -49,7 +48,7 @@ class Card:
     """What a model card says of a task.
 
     The hub's `tag` for it, `what` such a model is, the `attribute` of an answer that is shown, its `limits` before the
-    names of the classes, and the metrics by their public names with what people call them.
+    names of the classes, the metrics by their public names with what people call them, and the `arguments` of the call.
     """
 
     tag: str
@@ -57,6 +56,7 @@ class Card:
     attribute: str
     limits: str
     figures: Mapping[str, str]
+    arguments: str = '["image.jpg"]'
 
 
 def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any], card: Card) -> None:
@@ -64,6 +64,7 @@ def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any], c
     counts = f" ({record['counts']['evaluated']:,} images, {record['counts']['refused']} refused)"
     figures = [f"| {name}, held out | {record['metrics'][key]:.2%}" for key, name in card.figures.items()]
     shown = [escape(printable(label, 40)) for label in labels[:50]]
+    names = ", ".join(shown) + (f" and {len(labels) - 50} more" if len(labels) > 50 else "")
     text = _CARD.format(
         name=escape(printable(folder.name)),
         folder=printable(folder.name).replace("`", "'"),
@@ -72,15 +73,15 @@ def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any], c
         tag=card.tag,
         what=card.what,
         attribute=card.attribute,
-        limits=card.limits,
+        limits=f"{card.limits}: {names}" if labels else card.limits,
+        arguments=card.arguments,
         figures="\n".join(f"{row}{counts if i == 0 else ''} |" for i, row in enumerate(figures)),
         train=record["data"]["train"],
-        classes=record["data"]["classes"],
+        classes=f"| classes | {record['data']['classes']} |\n" if labels else "",
         recipe=record["recipe"]["name"],
         seed=record["seed"],
         seconds=record["seconds"]["train"],
         fingerprint=record["data"]["fingerprint"]["train"][:16],
-        labels=", ".join(shown) + (f" and {len(labels) - 50} more" if len(labels) > 50 else ""),
     )
     write_atomic(folder / "README.md", text.encode())
 

@@ -11,7 +11,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 36
 def line_chart(
     points: Sequence[tuple[float, float]], across: str, up: str, *, zero: bool = False, smooth: bool = False
 ) -> str:
-    """A curve through (x, y) points with its axes named; `zero` begins the vertical axis at 0.
+    """A curve through (x, y) points with its axes named; `zero` lets the vertical axis reach 0.
 
     With `smooth`, a running mean over a thirtieth of the points is drawn over the pale points themselves. Points that
     are not finite are left out; an empty text where fewer than two are left.
@@ -20,7 +20,7 @@ def line_chart(
     if len(points) < 2:
         return ""
     xs, ys = zip(*points, strict=True)
-    low, high = 0.0 if zero else min(ys), max(ys)
+    low, high = (min(*ys, 0.0), max(*ys, 0.0)) if zero else (min(ys), max(ys))
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 

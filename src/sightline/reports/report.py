@@ -72,7 +72,7 @@ class Report(ABC):
         rows = {
             **{name: f"{metrics[key]:.2%}" for key, name in self.figures.items()},
             "held-out images": f"{self.counts.evaluated:,} answered{refused}",
-            "training images": f"{data['train']:,} of {data['classes']} classes",
+            "training images": f"{data['train']:,}" + (f" of {data['classes']} classes" if data["classes"] else ""),
             "network": f"{self.network.architecture.name}, {count_parameters(self.network):,} parameters",
             "pixels": self.preprocess.describe(),
             "time in training": f"{self.record['seconds']['train']:.0f} s",

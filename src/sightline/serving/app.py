@@ -22,6 +22,8 @@ from sightline.serving.rejection import ClientGone, Rejection
 from sightline.serving.settings import Settings
 
 _PAGE = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+MOST_EXPLAINED = 8
+"""The most images of a request whose explanations are wanted, each of which may be megabytes."""
 _MOST_TOP = 1_000_000
 _REQUESTS = 20
 """As many requests of the largest size may be in memory; of smaller ones, more."""
@@ -45,7 +47,12 @@ def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) ->
         no = Rejection(fault.status_code, "http", HTTPStatus(fault.status_code).phrase.lower())
         return _reply(Reply(no.status, no.body()), dict(fault.headers or {}))
 
+    async def unforeseen(_request: Request, _fault: Exception) -> Response:
+        no = Rejection(500, "unforeseen", "the request could not be answered; the server's log has the reason")
+        return _reply(Reply(no.status, no.body()))
+
     app.add_exception_handler(Rejection, rejected)
+    app.add_exception_handler(Exception, unforeseen)
     app.add_exception_handler(HTTPException, no_route)
 
     async def answer(request: Request, kind: str, parameters: Mapping[str, Any]) -> Reply:
@@ -70,7 +77,7 @@ def make_app(desks: Mapping[str, Desk], settings: Settings, metrics: Metrics) ->
     @app.get("/v1/models", **MODELS)
     async def models() -> Response:
         rows = [{"name": name, "ready": desk.ready, **_facts(desk.facts)} for name, desk in desks.items()]
-        limits = {"images": settings.max_images, "bytes": settings.max_bytes}
+        limits = {"images": settings.max_images, "explained": MOST_EXPLAINED, "bytes": settings.max_bytes}
         return _json({"models": rows, "limits": limits})
 
     @app.get("/healthz", **HEALTH)
@@ -134,8 +141,7 @@ def _reply(reply: Reply, headers: Mapping[str, str] | None = None) -> Response:
 
 async def _unless_gone(request: Request, work: Any) -> Reply:
     """The answer, unless the client leaves before it is there; then the work is cancelled. Raises ClientGone."""
-    answer = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # after the body, there is nothing more to hear but this
+    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
@@ -145,6 +151,11 @@ async def _unless_gone(request: Request, work: Any) -> Reply:
         for task in (answer, gone):
             task.cancel()
         await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _query(request: Request, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +186,8 @@ def _order(
     header: dict[str, Any] = {"kind": kind, "names": asked.names}
     header["top"] = _whole(given["top"], "top", 1, _MOST_TOP)
     if kind == "explain":
+        if len(asked.images) > MOST_EXPLAINED:
+            raise Rejection(413, "too_many_images", f"more than {MOST_EXPLAINED} images cannot be explained at once")
         header["layers"] = _layers(given["layers"])
         header["format"] = given["format"]
         if given["format"] not in ("json", "npz"):

@@ -63,7 +63,8 @@ class Gate:
                 status = message["status"]
                 present = {name for name, _ in message["headers"]}
                 more = [(n.encode(), v.encode()) for n, v in _ALWAYS.items() if n.encode() not in present]
-                more += [(b"connection", b"close")] if self.draining else []
+                if self.draining or (status >= 400 and self._endless(scope)):
+                    more.append((b"connection", b"close"))
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
@@ -105,6 +106,13 @@ class Gate:
             raise Rejection(403, "origin", "pages of other origins may not ask this server")
         if self.settings.api_key is not None and scope["path"] not in _OPEN and not self._has_key(headers):
             raise Rejection(401, "key", "this needs the key: 'Authorization: Bearer KEY', or as a password")
+
+    def _endless(self, scope: Any) -> bool:
+        """Whether what is left of a refused request might go on and on, and is not worth waiting for its end."""
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"0")
+        much = not declared.isdigit() or len(declared) > 18 or int(declared) > 10 * self.settings.max_bytes
+        return much or b"transfer-encoding" in headers
 
     def _own(self, name: str) -> bool:
         if name in self.names:

@@ -38,10 +38,11 @@ class Metrics:
         self.connections = Gauge("sightline_connections", "Open connections.", registry=own)
         self.cut = Counter("sightline_connections_cut", "Connections cut off, and why.", ("reason",), registry=own)
 
-    def computed(self, model: str, kind: str, images: int, batch: int) -> None:
-        """Notes that a process has answered."""
+    def computed(self, model: str, kind: str, images: int, batch: int | None) -> None:
+        """Notes that a process has answered; `batch` counts the images of all requests, at the first of them."""
         self.images.labels(model, kind).inc(images)
-        self.batches.labels(model).observe(batch)
+        if batch is not None:
+            self.batches.labels(model).observe(batch)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

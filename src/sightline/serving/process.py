@@ -29,6 +29,7 @@ class Process:
         self.facts: dict[str, Any] = {}
         self.lost = asyncio.Event()
         self.closing = False
+        self.writer: asyncio.StreamWriter | None = None
         self._process: Any = context.Process(target=_work, args=(theirs, source, dict(options)), daemon=True)
         self._theirs = theirs
 
@@ -62,6 +63,7 @@ class Process:
 
     def send(self, job: Job) -> None:
         """Gives it a job."""
+        assert self.writer is not None, "the process has been started"
         self.jobs[job.id] = job
         self.writer.writelines(wire.packed(job.header | {"id": job.id}, job.parts))
 
@@ -76,7 +78,7 @@ class Process:
     async def end(self) -> None:
         """Ends the process, whatever it does."""
         self.closing = True
-        if hasattr(self, "writer"):
+        if self.writer is not None:
             self.writer.close()
         await asyncio.to_thread(self._join)
 

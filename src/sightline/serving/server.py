@@ -46,6 +46,7 @@ def serve(
 
 def _listen(settings: Settings) -> socket.socket:
     where = f"{settings.host}:{settings.port}"
+    listener: socket.socket | None = None
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -54,6 +55,8 @@ def _listen(settings: Settings) -> socket.socket:
         listener.listen(2048)
         listener.setblocking(False)
     except OSError as fault:
+        if listener is not None:
+            listener.close()
         raise UserError(f"cannot listen on {printable(where)}: {fault.strerror}; --port chooses another") from fault
     return listener
 

@@ -16,20 +16,25 @@ class Settings:
     nothing from it, and 32 elsewhere.
     """
 
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; any but loopback needs a key"})
-    port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "address to listen on, 127.0.0.1 unless given; any but loopback needs a key"},
+    )
+    port: int = field(default=8000, metadata={"help": "port to listen on, 8000 unless given; 0 takes a free one"})
     api_key: str | None = field(
         default=None, metadata={"help": "what clients have to send; better in SIGHTLINE_API_KEY, which `ps` hides"}
     )
     allow_hosts: tuple[str, ...] = ()
     batch_size: int | None = field(
-        default=None, metadata={"help": "most images of different requests computed together"}
+        default=None, metadata={"help": "most images of different requests computed together: 1 on CPUs, 32 elsewhere"}
     )
-    max_images: int = field(default=32, metadata={"help": "most images in a request"})
-    max_megabytes: float = field(default=20.0, metadata={"help": "largest request"})
-    queue: int = field(default=256, metadata={"help": "most images that wait"})
-    max_wait: float = field(default=10.0, metadata={"help": "longest wait, in seconds, for which a request is taken"})
-    deadline: float = field(default=60.0, metadata={"help": "seconds after which a request is given up"})
+    max_images: int = field(default=32, metadata={"help": "most images in a request (32)"})
+    max_megabytes: float = field(default=20.0, metadata={"help": "largest request (20)"})
+    queue: int = field(default=256, metadata={"help": "most images that wait (256)"})
+    max_wait: float = field(
+        default=10.0, metadata={"help": "longest wait, in seconds, for which a request is taken (10)"}
+    )
+    deadline: float = field(default=60.0, metadata={"help": "seconds after which a request is given up (60)"})
     header_seconds: float = 5.0
     idle_seconds: float = 12.0
     bytes_per_second: float = 1000.0

@@ -91,14 +91,11 @@ class Worker:
             documents = self._predicted(orders) if orders[0].header["kind"] == "predict" else self._explained(orders[0])
         except Exception as fault:
             rejection = _rejection(fault)
-            for order in orders:
-                self._send(order, rejection.status, rejection.body(), batch=len(orders))
-            return
+            documents = [(rejection.status, rejection.body())] * len(orders)
+        together = sum(len(order.images) for order in orders)
         for order, (status, body) in zip(orders, documents, strict=True):
-            self._send(order, status, body, batch=sum(len(order.images) for order in orders))
-
-    def _send(self, order: Order, status: int, body: bytes, *, batch: int) -> None:
-        send(self.line, {"id": order.header["id"], "status": status, "batch": batch}, [body])
+            header = {"id": order.header["id"], "status": status, "batch": together if order is orders[0] else None}
+            send(self.line, header, [body])
 
     def _predicted(self, orders: Sequence[Order]) -> list[tuple[int, bytes]]:
         items = [future.result() for order in orders for future in order.read]

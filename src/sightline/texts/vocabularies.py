@@ -21,6 +21,7 @@ PUBLISHED_SIZE = 49_408
 _MERGES = PUBLISHED_SIZE - 2 * len(BYTES) - 2
 _LARGEST = 64 * 2**20  # bytes of a vocabulary file, unpacked
 _MOST_TOKENS = 2**20
+_MOST_WORDS = 2**13  # the commonest words, from which a vocabulary is learned
 
 
 def published() -> Vocabulary | None:
@@ -103,6 +104,7 @@ def learned(texts: Iterable[str], size: int = 2**10) -> Vocabulary:
     least = 2 * len(BYTES) + 2
     require(least <= size <= _MOST_TOKENS, f"a vocabulary has {least} to {_MOST_TOKENS} tokens, not {size}")
     counts = Counter(word for text in texts for word in words(clean(text, "transformers")))
+    counts = Counter(dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST_WORDS]))
     spelled = {word: _spelled(word) for word in counts}
     merges: list[tuple[str, str]] = []
     order = usual_order()

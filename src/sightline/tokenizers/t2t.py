@@ -52,6 +52,8 @@ class TokensToToken(nn.Module):
     """
 
     local = False
+    origin = (-6.5, -6.5)
+    """Where the first cell of 16×16 pixels begins: the middle of what the first token is made of lies at 1.5."""
 
     def __init__(
         self,

@@ -132,6 +132,8 @@ def divergence(chart: Chart) -> Finding | None:
     (chance, floor), best = chart.scale, chart.best
     mean, last = Mean.of(chart.losses[-WINDOW:]), fmean(chart.losses[-WINDOW // 4 :])
     worse = min(mean.at_least(), last) > WORSE * chance
+    if chart.labels is None:  # a decoder begins with answers worse than none: that is no rise
+        worse = worse and best is not None and mean.at_least() > best.at_most()
     back = False
     if best is not None and chance - best.at_most() > 0.1 * (chance - floor):
         # Both are the extreme ones of many windows, so that their bounds have to lie apart, not only their difference.

@@ -15,6 +15,7 @@ class App {
     this.panes = [new Pane(this, "A"), new Pane(this, "B")];
     this.recent = [];
     this.fresh = true;
+    this.started = null; // a promise: images may come before the server has said which models it has
     get("panes").append(this.panes[0].root);
   }
 
@@ -59,7 +60,9 @@ class App {
     return row;
   }
 
-  show(item) {
+  async show(item) {
+    await this.started;
+    if (!this.models.length) return;
     this.panes[0].choose(item, this.panes[0].model ?? this.models[0].name);
     this.list();
   }
@@ -228,4 +231,4 @@ get("shoot").addEventListener("click", async () => {
 get("unsnap").addEventListener("click", () => get("snap").close());
 get("snap").addEventListener("close", stop);
 
-app.start().catch((fault) => app.problem(fault.message));
+app.started = app.start().catch((fault) => app.problem(fault.message));
