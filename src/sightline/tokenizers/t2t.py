@@ -164,9 +164,7 @@ class TokenPerformer(TokenTransformer):
 
 def _in_full(x: Tensor) -> AbstractContextManager[object]:
     """Where no tensor is computed in half precision; without memory none is computed at all."""
-    # Nor is anything done where there is nothing to switch off: a switch in the middle of a network is lost in exports.
-    low = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if low else nullcontext()
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _truncated(module: nn.Module) -> None:
