@@ -105,7 +105,6 @@ def export(
     weights = sum(values.nbytes for values in predictor.network.state_dict().values())
     if format != "torch" and weights > _MOST_BYTES:
         raise UserError(f"the weights have {weights:,} bytes, and one ONNX file holds less than 2 GiB: --format torch")
-    program = _traced(predictor, outputs, input)
     names = outputs.names if input == "image" else outputs.plain
     target = _target(Path(path), runtime.suffix)
     with tempfile.TemporaryDirectory(prefix="sightline-export-") as room:
@@ -115,6 +114,7 @@ def export(
         shown = [*draw_pictures(drawn), *photographs(), *map(Path, pictures)]
         # Folding constants spoils the graphs of some networks (T2T's Performer): those are written as they are.
         for fold in (True, False) if format != "torch" else (True,):
+            program = _traced(predictor, outputs, input)
             _write(program, fresh, format, names, _about(predictor, input, names), fold)
             loaded = runtime(fresh, names)
             try:
@@ -187,10 +187,13 @@ def _write(
             torch.export.save(program, path, extra_files=about)
             return
         logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what it cannot fold is of no interest
-        with sdpa_kernel(SDPBackend.MATH):
-            onnx: Any = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, output_names=list(names), optimize=fold, verbose=False
-            )
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                onnx: Any = torch.onnx.export(
+                    program, dynamo=True, opset_version=OPSET, output_names=list(names), optimize=fold, verbose=False
+                )
+        except torch.onnx.OnnxExporterError as fault:
+            raise WorkError(f"this network cannot be written as ONNX: {printable(fault, 400)}") from fault
         onnx.model.metadata_props.update(about)
         if format == "onnx":
             onnx.save(path)
