@@ -24,9 +24,9 @@ LEARNING = {
 """How kinds are taught that need more than others: a grid of few cells needs a larger image."""
 
 ELSEWHERE = {"hybrid", "dvae"}
-"""A codebook is no classifier. A hybrid's stem tells every place about all others, by norms over the whole image, before
-attention begins: it learns the task and need not look where the object stands (docs/log.md). That its tokens lie where
-the pixels are it gets them from is shown below, without learning.
+"""A codebook is no classifier. A hybrid's stem tells every place about all others, by norms over the whole image,
+before attention begins: it learns the task and need not look where the object stands (docs/log.md). That its tokens lie
+where those pixels are is shown below, without learning.
 """
 
 LEAST = 1.3
