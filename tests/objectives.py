@@ -21,7 +21,7 @@ OPTIONS = {
     "codebook": {"decoder_input": 5, "kl_weight": 1.0},
     "distill": {"mixup": 0.4, "kind": "soft"},
 }
-NAMES = list(table("objectives", "OBJECTIVES"))
+NAMES = [name for name, kind in table("objectives", "OBJECTIVES").items() if kind.task is None]
 PIXELS = Preprocess(SIZE)
 
 

@@ -202,3 +202,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(run, tmp_path: Path) -> 
         assert cli("train", data, "--out", out, "--resume").status == 0
     assert (out / "model.safetensors").read_bytes() == (folder / "run" / "model.safetensors").read_bytes()
     assert (out / "vocabulary.json").read_bytes() == (folder / "run" / "vocabulary.json").read_bytes()
+
+
+def test_the_objective_by_its_own_name_runs_the_task(run, tmp_path) -> None:
+    folder, _ = run
+    words = (*NET, "--epochs", "1", "--json", "--quiet", "--out", tmp_path / "run")
+    said = cli("pretrain", folder / "data" / "captions.csv", "--objective", "clip", *words)
+    assert said.status == 0, said.err
+    assert said.document["task"] == "clip"
+    assert "image_to_text_r1" in said.document["metrics"]

@@ -76,7 +76,7 @@ def words(name: str, few: Path, teacher: Path, book: Path) -> dict:
     return {"objective": name, "options": {**OWN.get(name, {}), **more.get(name, {})}, "network": network, **QUICK}
 
 
-@pytest.mark.parametrize("name", table("objectives", "OBJECTIVES"))
+@pytest.mark.parametrize("name", SMALL)
 def test_a_stopped_run_goes_on_to_the_same_bits(name, few, teacher, book, tmp_path, monkeypatch):
     told = words(name, few, teacher, book)
     whole = pretrain(few, out=tmp_path / "whole", **told)

@@ -24,6 +24,9 @@ from sightline.registry import table
 LABELS = ("ant", "bee", "cat")
 TINY = {"image_size": (8, 12), "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 2, "num_classes": 3}
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=9)
+LIBRARIES = sorted(set(table("checkpoints", "SCHEMES")) - {"openai", "open_clip"})
+"""Those that can store a Vision Transformer that tells classes apart."""
+
 SHAPES = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 
 
@@ -115,7 +118,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path_factory, old, new, stop):
 
 @examples(10)
 @given(
-    st.sampled_from(sorted(table("checkpoints", "SCHEMES"))),
+    st.sampled_from(LIBRARIES),
     st.integers(1, 3),
     st.integers(1, 5),
     st.sampled_from([(2, 2), (4, 2), (6, 3)]),
@@ -137,7 +140,7 @@ def test_every_layout_holds_every_number(layout, depth, classes, width, seed):
 
 
 @examples(20)
-@given(st.sampled_from(sorted(table("checkpoints", "SCHEMES"))), st.sampled_from(["gone", "extra", "bent"]), st.data())
+@given(st.sampled_from(LIBRARIES), st.sampled_from(["gone", "extra", "bent"]), st.data())
 def test_every_layout_names_what_does_not_fit(layout, fault, data):
     network = tiny(activation="gelu_tanh")
     rules = table("checkpoints", "SCHEMES")[layout].rules(network.architecture)

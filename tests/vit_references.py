@@ -62,17 +62,19 @@ def hub_cases(
     answer: Callable[..., Tensor],
     *,
     oblong: tuple[int, int] = SIZES["non-square"],
+    square: bool = False,
     **settings: Any,
 ) -> list[Case]:
     """The table's rows for a class of transformers. `answer` takes model, pixels, and whether positions are stretched.
 
-    `oblong` is the non-square size.
+    `oblong` is the non-square size. With `square`, its files are for square images only, and a non-square one is
+    another size too.
     """
 
     def make(view: str) -> Callable[[Path], Made]:
         def write(folder: Path) -> Made:
             size = oblong if view == "non-square" else SIZES[view]
-            stretched = view == "other size"
+            stretched = view == "other size" or (square and view == "non-square")
             made_for = (32, 32) if stretched else size
             sides: Mapping[str, Any] = {"image_size": made_for[0] if made_for[0] == made_for[1] else list(made_for)}
             model = spread(build(config(**{**LITTLE_HUB, **settings, **sides})))

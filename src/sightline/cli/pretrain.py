@@ -36,7 +36,7 @@ def arguments(parser: Any) -> None:
         "--objective",
         default="mae",
         metavar="NAME",
-        help="mae, beit, codebook, masked-patch, simmim, dino, supervised, distill, noisy-student; "
+        help="mae, beit, codebook, masked-patch, simmim, dino, supervised, distill, noisy-student, or clip (captions); "
         "each setting of it is an option, such as --mask-ratio 0.6",
     )
     parser.add_argument("--model", help="architecture, as `sightline models` lists them")
@@ -112,6 +112,9 @@ def _report(done: Any, as_json: bool) -> None:
         return
     if "knn_top1" in done.metrics:
         print(f"kNN top-1 {done.metrics['knn_top1']:.2%} of {done.counts['evaluated']:,} held-out images")
-    print(f"effective rank of the features {done.metrics['effective_rank']:.1f}")
+    if "effective_rank" in done.metrics:
+        print(f"effective rank of the features {done.metrics['effective_rank']:.1f}")
+    if done.headline:
+        print(f"{done.headline}  of {done.counts['evaluated']:,} held-out images")
     print(f"model  {done.directory}\nreport {done.report}")
     print(f"go on  sightline train IMAGES --weights {shlex.quote(str(done.directory))}")

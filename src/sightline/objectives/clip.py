@@ -21,6 +21,8 @@ class Contrastive(Objective):
     at 100 or below.
     """
 
+    task = "clip"
+
     def __init__(self, network: ImageTextNetwork):
         super().__init__()
         self.network = network

@@ -30,6 +30,9 @@ class Objective(nn.Module, ABC):
     labelled: ClassVar[bool] = False
     """Whether it reads the labels of a batch."""
 
+    task: ClassVar[str | None] = None
+    """The key of a task whose own runs teach it, on data of its own; None where any images will do."""
+
     first: ClassVar[Mapping[str, str]] = {}
     """Settings that name a model, and the objective that learns one first where the user names none."""
 

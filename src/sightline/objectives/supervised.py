@@ -52,10 +52,10 @@ class Supervised(Objective):
     def __init__(self, network: Network, config: SupervisedConfig = SupervisedConfig()):
         super().__init__()
         self.network, self.config = network, config
-        classifier = getattr(network.head, "classifier", network.head)  # heads of other tasks have none, nor need one
-        if classifier is None:
+        classifier = getattr(network.head, "classifier", None)
+        if classifier is None and not getattr(network.head.config, "num_classes", True):
             raise UserError("learning from labels needs a classifier, and the network has none (num_classes=0)")
-        if config.loss == "sigmoid" and not bool(classifier.weight.any()):
+        if config.loss == "sigmoid" and classifier is not None and not bool(classifier.weight.any()):
             torch.nn.init.constant_(classifier.bias, -math.log(classifier.out_features))
 
     @property

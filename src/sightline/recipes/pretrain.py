@@ -28,7 +28,7 @@ from sightline.recipes.ingredients import gathered, made
 from sightline.recipes.pretraining import chosen
 from sightline.recipes.recipe import Recipe, facts
 from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
-from sightline.recipes.train import Trained
+from sightline.recipes.train import Trained, train
 from sightline.registry import find
 from sightline.reports.card import pretrained_card
 from sightline.reports.pretrained import PretrainedReport
@@ -72,17 +72,34 @@ def pretrain(
     augment: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> Pretrained:
+) -> Trained:
     """Teaches a backbone by an objective that needs no labels, or few, and writes a model directory to go on from.
 
     `data` is whatever `train` takes, or a folder of images without any order; labels, where there are some, only judge
     (`knn_top1`), unless the objective is one that learns from them. `objective` is a key of `OBJECTIVES`, `options` are
     its settings. `recipe` is small, which minutes on two cores suffice for, or published. The rest is as for `train`.
-    Raises UserError, WorkError, and Interrupted after a signal.
+    An objective with a task of its own (clip) is taught by `train` on the data of that task, captions. Raises
+    UserError, WorkError, and Interrupted after a signal.
     """
     began = time.monotonic()
     folder = home(data, objective, out)
     options = dict(options or {})
+    kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
+    if kind.task is not None:
+        require(not options, f"{objective} has no settings of its own: {', '.join(map(printable, options))}")
+        return train(
+            data,
+            task=kind.task,
+            model=model,
+            out=folder.path,
+            image_size=image_size,
+            resume=resume,
+            device=device,
+            quiet=quiet,
+            network=network,
+            augment=augment,
+            **settings,
+        )
     if not resume:
         folder.require_fresh()
         machine = {"device": device, "quiet": quiet}
@@ -264,7 +281,7 @@ class _Pretraining(Run):
             {"evaluated": len(self.splits.val) - len(refused), "refused": len(refused)},
             {"train": round(outcome.seconds, 2)},
             outcome.findings,
-            self.recipe.objective,
+            objective=self.recipe.objective,
         )
         if self.world.first:
             record |= {

@@ -156,8 +156,10 @@ def spread(features: Float[Tensor, "n d"]) -> dict[str, float]:
     The first is the deviation of each coordinate of the features at unit length, averaged and times √d: 1 where they
     point evenly in all directions, 0 where all are the same (arXiv 2011.10566, section 4.1). The second is the
     exponential of the entropy of the singular values of the centred features, as shares of their sum: how many
-    directions are in use (Roy and Vetterli 2007), at least 1.
+    directions are in use (Roy and Vetterli 2007), at least 1. Features that are not finite count as all the same.
     """
+    if not features.isfinite().all():
+        return {"feature_std": 0.0, "effective_rank": 1.0}
     unit = F.normalize(features.double(), dim=1)
     deviation = float(unit.std(dim=0, correction=0).mean()) * unit.shape[1] ** 0.5
     values = torch.linalg.svdvals(unit - unit.mean(dim=0))
