@@ -210,7 +210,7 @@ class CaiT(Backbone):
         x = self.drop(tokens.x + table)
         for x in self.encoder.each(x, bias):  # noqa: B020  (where a stage ends, the next begins)
             yield tokens._replace(x=x)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         for reader in self.readers:
             x = reader(x, bias_with_class)
             yield Tokens(x, tokens.grid, 1, mask)

@@ -160,7 +160,7 @@ class PiT(Backbone):
         else:
             table = torch.cat([on_canvas(self.positions(own), own, grid, 0) for own in grids])
         patches = self.drop(rearrange(plane, "b d r c -> b (r c) d") + table)
-        prefix = self.prefix_tokens.expand(len(patches), -1, -1).to(patches.dtype)
+        prefix = self.prefix_tokens.expand(patches.shape[0], -1, -1).to(patches.dtype)
         return Tokens(torch.cat([prefix, patches], dim=1), grid, self.prefix)
 
     def _each(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None) -> Iterator[Tokens]:

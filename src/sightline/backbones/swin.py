@@ -183,7 +183,7 @@ class WindowBlock(nn.Module):
         """`mask` is that of `windows`, which the layers of a stage share."""
         bias = self.bias(windows.window)
         if mask is not None:
-            bias = repeat(bias + mask, "w h q k -> (b w) h q k", b=len(x))
+            bias = repeat(bias + mask, "w h q k -> (b w) h q k", b=x.shape[0])
         mixed = self.attention(windows.cut(self.norm1(x)), bias=bias)
         x = x + self.drop_path(windows.join(mixed))
         return x + self.drop_path(self.mlp(self.norm2(x)))

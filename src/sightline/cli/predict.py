@@ -21,7 +21,8 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--csv", metavar="FILE", help="write a table too")
     parser.add_argument("--out", default="predicted", metavar="DIR", help="folder for answers that are files: masks")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most images at a time")
-    parser.add_argument("--runtime", default="auto", choices=("auto", "torch"), help="what computes")
+    words = "what computes; auto is torch, others make a program first and take it where its answers are the same"
+    parser.add_argument("--runtime", default="auto", choices=("auto", "torch", "onnx", "openvino"), help=words)
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
     add_texts(parser)
     add_device(parser)
@@ -41,6 +42,10 @@ def run(request: argparse.Namespace) -> int:
         top=request.top,
         batch_size=request.batch_size,
     )
+    if request.runtime not in ("auto", "torch"):
+        from sightline.inference.through import through
+
+        predictor = through(predictor, request.runtime)
     failed = 0
     with ExitStack() as files:
         answers = saved(predictor.predict(expand(request.paths)), request.out)

@@ -215,7 +215,7 @@ class DetectHead(nn.Module):
 
     def forward(self, tokens: Tokens, area: Area | None = None) -> Detected | DetectedLayers:
         """The answers of the last decoder layer; in training those of all."""
-        batch, rows = len(tokens.x), tokens.grid[0]
+        batch, rows = tokens.x.shape[0], tokens.grid[0]
         mask = tokens.mask
         real = tokens.patches.new_ones(batch, rows * tokens.grid[1], dtype=torch.bool)
         real = real if mask is None else mask[:, tokens.prefix :]
@@ -239,7 +239,7 @@ class DetectHead(nn.Module):
         placed = memory + places
         reference = None
         if self.queries is not None:
-            x = memory.new_zeros(len(memory), *self.queries.shape)
+            x = memory.new_zeros(memory.shape[0], *self.queries.shape)
             asked, among = x + self.queries, None
         else:
             assert self.anchor is not None

@@ -149,7 +149,7 @@ class SegmentHead(nn.Module):
         """The fit of every patch with every class token, after both went through the decoder (equation 3)."""
         x = self.projection(tokens.patches)
         count = self.config.num_classes
-        x = torch.cat([x, self.class_tokens.expand(len(x), -1, -1)], dim=1)
+        x = torch.cat([x, self.class_tokens.expand(x.shape[0], -1, -1)], dim=1)
         if self.decoder is not None:
             x = self.decoder(x, self._hidden(tokens, x))
         x = self.norm(x)
