@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,8 +199,7 @@ def _write(
         if format == "onnx":
             onnx.save(path)
             return
-        import openvino
-
+        openvino: Any = import_module("openvino")  # an extra of its own, which few have
         with tempfile.TemporaryDirectory(prefix="sightline-export-") as room:
             between = Path(room, "model.onnx")
             onnx.save(between)
