@@ -91,7 +91,6 @@ def export(
     UserError for what cannot be exported; nothing is then written.
     """
     runtime = RUNTIMES[format]
-    runtime.parts()
     architecture = predictor.network.architecture
     outputs = outputs_of(architecture.task)
     if not predictor.labels:
@@ -106,6 +105,7 @@ def export(
     weights = sum(values.nbytes for values in predictor.network.state_dict().values())
     if format != "torch" and weights > _MOST_BYTES:
         raise UserError(f"the weights have {weights:,} bytes, and one ONNX file holds less than 2 GiB: --format torch")
+    runtime.parts()
     names = outputs.names if input == "image" else outputs.plain
     target = _target(Path(path), runtime.suffix)
     with tempfile.TemporaryDirectory(prefix="sightline-export-") as room:

@@ -1,5 +1,6 @@
 """One process or many: the same run either way."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,4 +73,5 @@ def join(device: torch.device) -> World:
 def leave() -> None:
     """Ends what `join` began."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # what still holds the group would end it after the interpreter, where its threads abort the process
         dist.destroy_process_group()
