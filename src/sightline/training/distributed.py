@@ -73,5 +73,5 @@ def join(device: torch.device) -> World:
 def leave() -> None:
     """Ends what `join` began."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # what still holds the group would end it after the interpreter, where its threads abort the process
+        gc.collect()  # else what still holds the group ends after the interpreter, where its threads abort the process
         dist.destroy_process_group()
