@@ -154,18 +154,22 @@ def divergence(chart: Chart) -> Finding | None:
 
 
 def rate_too_high(chart: Chart) -> Finding | None:
-    """Updates replace a good part of the weights, and nothing is learned."""
+    """Updates replace a good part of the weights, and nothing is learned, or heads are put out of work by it."""
     large = next((heard for heard, move in chart.moves if move > LARGE_MOVE), None)
     if large is None or not chart.learnable or len(chart.losses) - large < WINDOW:
         return None
-    if chart.learned(WINDOW).value > NOTHING_LEARNED:
+    nothing = chart.learned(WINDOW).value <= NOTHING_LEARNED
+    still = {head[:2] for head in chart.still[0] & chart.still[1]}
+    if not nothing and not still:
         return None
+    what = f"the loss ({chart.recent:.3f}) is no better than that of knowing nothing ({chart.scale[0]:.3f})"
+    if not nothing:
+        what = f"{len(still)} attention heads have stopped attending"
     return Finding(
         "learning-rate-too-high",
         chart.step,
         "error",
-        f"single updates changed the weights by more than {LARGE_MOVE:.0%} of their size, and the loss "
-        f"({chart.recent:.3f}) is no better than that of knowing nothing ({chart.scale[0]:.3f})",
+        f"single updates changed the weights by more than {LARGE_MOVE:.0%} of their size, and {what}",
         f"Use a smaller learning rate: --lr {chart.fitting_rate} instead of {chart.settings.lr:g}.",
     )
 
