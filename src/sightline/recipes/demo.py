@@ -21,6 +21,9 @@ from sightline.training.settings import Settings
 SHOWN = 4
 """Images that are predicted from files and explained."""
 
+EPOCHS = 80.0
+"""Passes over the digits: what a minute and a half bear, twice what the autopilot takes where no time is given."""
+
 MARK = ".demo"
 """The file that tells a demo, which the next one replaces, from a run of the user's."""
 
@@ -43,10 +46,10 @@ class Demonstrated:
 def demo(out: Path, seed: int, epochs: float | None, device: str, *, quiet: bool) -> Demonstrated:
     """Trains on `builtin:digits`, weighs the model on held-out digits, predicts image files and explains them.
 
-    A minute and a half on two cores; about 99.4 % of the held-out digits are right (mean of three seeds). An earlier
+    A minute and a half on two cores; 99.35 % of the held-out digits are right (mean of seeds 0, 1, 2). An earlier
     demo in `out` is replaced. Raises UserError where `out` holds anything else.
     """
-    settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    settings: dict[str, Any] = {"epochs": EPOCHS if epochs is None else epochs}
     Settings(seed=seed, **settings)
     pick_device(device)  # a request that is refused removes nothing
     _clear(out)
