@@ -86,6 +86,11 @@ class TestRunLengths:
 
     @examples(60)
     @given(st.binary(max_size=20), st.integers(1, 40))
+    def test_runs_have_to_cover_the_mask_before_anything_is_made_of_them(self):
+        for counts in ([10**12], [5], [2, 3, 2]):
+            with pytest.raises(ValueError, match=f"run lengths of {sum(counts)} pixels for a mask of 2×3"):
+                decode({"size": [2, 3], "counts": counts})
+
     def test_nonsense_is_refused(self, text, side):
         with suppress(ValueError):
             assert decode({"size": [side, side], "counts": text}).shape == (side, side)
