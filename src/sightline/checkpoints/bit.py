@@ -1,5 +1,6 @@
 """Big Transfer's networks as timm, transformers and the two original repositories (`.npz`, `.pth`) store them."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -30,13 +31,13 @@ class _BiT(Layout):
     stages: ClassVar[str]
     blocks: ClassVar[str]
 
+    @abstractmethod
     def conv(self, stage: int, block: int, part: int) -> str:
         """A convolution of a block, counted from 1; 0 is the one on the shortcut."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self, stage: int, block: int, part: int) -> str:
         """The norm before a convolution of a block, counted from 1."""
-        raise NotImplementedError
 
     def measure(self, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
         stages = range(shapes.count(self.stages))

@@ -1,5 +1,6 @@
 """Residual networks as timm, torchvision and transformers store them."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -45,13 +46,13 @@ class _ResNet(Layout):
     stem: ClassVar[tuple[str, str]]
     classifier: ClassVar[str]
 
+    @abstractmethod
     def inner(self, stage: int, block: int, part: int) -> tuple[str, str]:
         """A convolution of a block and its norm, the parts counted from 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shortcut(self, stage: int) -> tuple[str, str]:
         """The convolution and the norm on the shortcut of a stage's first block."""
-        raise NotImplementedError
 
     def rules(self, backbone: Any, head: Any) -> list[Rule]:
         rules = []
@@ -78,9 +79,9 @@ class _ResNet(Layout):
             "num_classes": shapes.outputs(f"{self.classifier}.bias"),
         }
 
+    @abstractmethod
     def counts(self, shapes: Shapes) -> tuple[int, ...]:
         """The number of blocks of each stage."""
-        raise NotImplementedError
 
     def recognises(self, shapes: Shapes) -> bool:
         norm = self.inner(0, 0, 1)[1]

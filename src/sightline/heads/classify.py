@@ -119,11 +119,16 @@ class ClassifyHead(nn.Module):
         places: Sequence[Placement] | None = None,
     ) -> list[Prediction]:
         """The answer for each image: the `top` most probable classes in falling order."""
-        scores, indices = output.float().softmax(dim=1).topk(min(top, output.shape[1]), dim=1)
-        return [
-            Prediction([Score(labels[i], i, s) for s, i in zip(row_s, row_i, strict=True)])
-            for row_s, row_i in zip(scores.tolist(), indices.tolist(), strict=True)
-        ]
+        return most_probable(output, labels, top)
+
+
+def most_probable(logits: Float[Tensor, "b k"], labels: Sequence[str], top: int) -> list[Prediction]:
+    """For each image the `top` most probable of `labels`, in falling order."""
+    scores, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+    return [
+        Prediction([Score(labels[i], i, s) for s, i in zip(row_s, row_i, strict=True)])
+        for row_s, row_i in zip(scores.tolist(), indices.tolist(), strict=True)
+    ]
 
 
 HEADS = {"classify": ClassifyHead}

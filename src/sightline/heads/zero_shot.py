@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sightline.backbones.text import TextTower
 from sightline.errors import printable
+from sightline.heads.classify import most_probable
 from sightline.layers.encoder import ACTIVATIONS
 from sightline.schema import require
-from sightline.types import Area, Placement, Prediction, Score, Tokens
+from sightline.types import Area, Placement, Prediction, Tokens
 
 MOST_LAYERS, MOST = 2**10, 2**20
 
@@ -154,11 +155,7 @@ class ClipHead(nn.Module):
         places: Sequence[Placement] | None = None,
     ) -> list[Prediction]:
         """The answer for each image from its logits for the texts of `labels`: the `top` most probable of them."""
-        scores, indices = output.float().softmax(dim=1).topk(min(top, output.shape[1]), dim=1)
-        return [
-            Prediction([Score(labels[i], i, s) for s, i in zip(row_s, row_i, strict=True)])
-            for row_s, row_i in zip(scores.tolist(), indices.tolist(), strict=True)
-        ]
+        return most_probable(output, labels, top)
 
 
 def ensemble(embeddings: Float[Tensor, "n d"], classes: Sequence[int], count: int) -> Float[Tensor, "k d"]:
