@@ -1,12 +1,11 @@
 """Images with captions: a CSV or JSONL file of paths and texts."""
 
-import csv
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -15,15 +14,19 @@ from jaxtyping import Int64
 
 from sightline.datasets.findings import Finding
 from sightline.datasets.image_set import ImageSet, Marks, Names, Samples
-from sightline.datasets.naming import some
-from sightline.datasets.split import TRAINING, VALIDATION, Splits
+from sightline.datasets.rows import (
+    LINE,
+    Cells,
+    bounded,
+    csv_lines,
+    each_row,
+    name_in,
+    part_of,
+    refuse,
+    validation_among,
+)
+from sightline.datasets.split import TRAINING, Splits
 from sightline.errors import UserError, printable
-
-TOLD = 50
-"""Most faulty rows that a message names."""
-
-LINE = 2**20
-"""Most characters of a line."""
 
 LONGEST = 10_000
 """Most characters of a caption."""
@@ -84,9 +87,7 @@ def read_captions(path: Path, seed: int, held_out: float) -> Splits:
         problem = "has no captions" if os.path.exists(file) else "does not exist"  # noqa: PTH110
         raise UserError(f"{where} {problem}: images with texts are a CSV with path,caption or a JSONL file of the same")
     told = _gathered(file)
-    if told.faults:
-        more = [f"… and {len(told.faults) - TOLD:,} more"] if len(told.faults) > TOLD else []
-        raise UserError("\n".join([*(text for _, text in told.faults[:TOLD]), *more]))
+    refuse(told.faults)
     notes = [f"rows that repeat another one, left out: {told.repeated}"] if told.repeated else []
     return _split(file, told.captions, told.parts, seed, held_out, notes)
 
@@ -158,15 +159,11 @@ def _split(
         told = f"{share:.0%} of the images are held out for validation, by seed {seed}"
         train, val = (_image_set(file, names, captions) for names in rows)
         return Splits(train, val, str(file), [*notes, told], drawn=True)
-    validation = next((name for name in VALIDATION if name in found), None)
-    if validation is None or "train" not in found:
-        raise UserError(f"{where}: 'split' never says '{'train' if validation else 'val'}'")
-    if unused := found - {"train", validation}:
-        notes = [*notes, f"parts left out: {some(sorted(unused))}"]
+    validation, left_out = validation_among(found, f"{where}: 'split' never says")
     train, val = (
         _image_set(file, [name for name in captions if parts[name] == part], captions) for part in ("train", validation)
     )
-    return Splits(train, val, str(file), notes)
+    return Splits(train, val, str(file), [*notes, *left_out])
 
 
 def _rank(name: str, seed: int) -> bytes:
@@ -185,50 +182,12 @@ def read_rows(file: Path, faults: list[tuple[int, str]] | None = None) -> Iterat
     Raises UserError for a file or a row that cannot be meant; where `faults` is given, such a row is left out, and its
     line and what is wrong with it are added there.
     """
-    where = printable(file)
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would block, a device never end
-            raise UserError(f"{where}: it is not a regular file")
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            home = f"{os.path.abspath(file.parent).rstrip(os.sep)}{os.sep}"  # noqa: PTH100  (links stay what they are)
-            lines = _from_json(text, where) if file.suffix.lower() == ".jsonl" else _from_csv(text, where)
-            for number, cells in lines:
-                try:
-                    row = _row(cells, home, f"{where}, line {number}", number)
-                except UserError as fault:
-                    if faults is None:
-                        raise
-                    faults.append((number, str(fault)))
-                else:
-                    yield row
-    except OSError as error:
-        raise UserError(f"{where}: cannot read the file: {error.strerror or error}") from error
-    except csv.Error as error:
-        raise UserError(f"{where}: not a CSV table: {error}") from error
+    lines = _from_json if file.suffix.lower() == ".jsonl" else partial(csv_lines, column="caption")
+    return each_row(file, "file", lines, _row, faults)
 
 
-def _lines(text: TextIO, where: str) -> Iterator[str]:
-    """Lines of bounded length: a file of one line, or of holes, does not end up in memory."""
-    while line := text.readline(LINE):
-        if len(line) == LINE:
-            raise UserError(f"{where}: a line has more than {LINE:,} characters")
-        yield line
-
-
-def _from_csv(text: TextIO, where: str) -> Iterator[tuple[int, Mapping[Any, Any] | str]]:
-    reader = csv.DictReader(_lines(text, where), strict=True)
-    columns = [name.strip().lower() for name in reader.fieldnames or []]
-    if columns.count("path") != 1 or columns.count("caption") != 1:
-        found = f"'{printable(','.join(columns))}'" if columns else "nothing"
-        raise UserError(f"{where}: the first line has to name the columns path,caption and reads {found}")
-    reader.fieldnames = columns
-    for cells in reader:
-        wrong = "more" if None in cells else "fewer" if None in cells.values() else None
-        yield reader.line_num, cells if wrong is None else f"{wrong} cells than columns"
-
-
-def _from_json(text: TextIO, where: str) -> Iterator[tuple[int, Mapping[Any, Any] | str]]:
-    for number, line in enumerate(_lines(text, where), start=1):
+def _from_json(text: TextIO, where: str) -> Iterator[tuple[int, Cells]]:
+    for number, line in enumerate(bounded(text, where), start=1):
         if not line.strip():
             continue
         try:
@@ -241,9 +200,7 @@ def _from_json(text: TextIO, where: str) -> Iterator[tuple[int, Mapping[Any, Any
         yield number, found if whole else "an object with the texts path and caption is expected"
 
 
-def _row(cells: Mapping[Any, Any] | str, home: str, where: str, line: int) -> Row:
-    if isinstance(cells, str):
-        raise UserError(f"{where}: {cells}")
+def _row(cells: Mapping[Any, Any], home: str, where: str, line: int) -> Row:
     path, caption = cells["path"], cells["caption"].strip()
     if not path or "\0" in path:
         raise UserError(f"{where}: the path is {'missing' if not path else 'not one'}")
@@ -253,14 +210,7 @@ def _row(cells: Mapping[Any, Any] | str, home: str, where: str, line: int) -> Ro
         raise UserError(f"{where}: the caption is not UTF-8 (save the file in that encoding)")
     if len(caption) > LONGEST:
         raise UserError(f"{where}: a caption of {len(caption):,} characters is longer than any ({LONGEST:,})")
-    whole = os.path.normpath(os.path.join(home, path))  # noqa: PTH118
-    if not whole.startswith(home):
-        raise UserError(f"{where}: '{printable(path)}' lies outside of the folder of the file")
-    part = cells.get("split", "").strip().lower()
-    part = "train" if part in TRAINING else part
-    if "split" in cells and part not in ("train", *VALIDATION):
-        raise UserError(f"{where}: the split is '{printable(part)}', not train, {', '.join(VALIDATION)}")
-    return Row(whole.removeprefix(home), caption, part, line)
+    return Row(name_in(home, path, where, "file"), caption, part_of(cells, where), line)
 
 
 READERS = {"clip": read_captions}
