@@ -163,6 +163,16 @@ def _named(request: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any
     return {name: value for name in names if (value := getattr(request, name)) is not None}
 
 
+def run_of(request: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What a run is told whatever it learns: names of its parts, settings of the dataclass `kind`, and what varies."""
+    parts = ("model", "out", "image_size", "recipe", "resume", "device", "quiet")
+    settings = given(request, kind)
+    if request.precision == "auto":
+        settings.pop("precision")
+    told = {name: getattr(request, name) for name in parts}
+    return {**told, "network": network_of(request), "augment": augmentation_of(request), **settings}
+
+
 def speaks() -> bool:
     """Whether this is the process that speaks, where torchrun starts several."""
     return os.environ.get("RANK", "0") == "0"

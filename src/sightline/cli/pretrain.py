@@ -11,10 +11,8 @@ from sightline.cli.options import (
     add_device,
     add_fields,
     add_network,
-    augmentation_of,
-    given,
     image_size,
-    network_of,
+    run_of,
     speaks,
     take,
     take_network,
@@ -67,25 +65,9 @@ def run(request: argparse.Namespace) -> int:
     from sightline.recipes.pretrain import pretrain
     from sightline.training.signals import Interrupted
 
-    settings = given(request, Settings)
-    if request.precision == "auto":
-        settings.pop("precision")
+    own: dict[str, Any] = {"objective": request.objective, "options": getattr(request, "options", {})}
     try:
-        done = pretrain(
-            request.data,
-            objective=request.objective,
-            model=request.model,
-            out=request.out,
-            image_size=request.image_size,
-            recipe=request.recipe,
-            resume=request.resume,
-            device=request.device,
-            quiet=request.quiet,
-            network=network_of(request),
-            augment=augmentation_of(request),
-            options=getattr(request, "options", {}),
-            **settings,
-        )
+        done = pretrain(request.data, **own, **run_of(request, Settings))
     except Interrupted as stop:
         if speaks():
             words = ["sightline", "pretrain", request.data, "--objective", request.objective]

@@ -11,10 +11,8 @@ from sightline.cli.options import (
     add_device,
     add_fields,
     add_network,
-    augmentation_of,
-    given,
     image_size,
-    network_of,
+    run_of,
     speaks,
     take_network,
 )
@@ -68,26 +66,9 @@ def run(request: argparse.Namespace) -> int:
     from sightline.recipes.train import train
     from sightline.training.signals import Interrupted
 
-    settings = given(request, Settings)
-    if request.precision == "auto":
-        settings.pop("precision")
+    own: dict[str, Any] = {"task": request.task, "weights": request.weights, "resize": request.resize}
     try:
-        trained = train(
-            request.data,
-            task=request.task,
-            model=request.model,
-            weights=request.weights,
-            out=request.out,
-            image_size=request.image_size,
-            resize=request.resize,
-            recipe=request.recipe,
-            resume=request.resume,
-            device=request.device,
-            quiet=request.quiet,
-            network=network_of(request),
-            augment=augmentation_of(request),
-            **settings,
-        )
+        trained = train(request.data, **own, **run_of(request, Settings))
     except Interrupted as stop:
         if speaks():
             words = ["sightline", "train", request.data, *(["--out", request.out] if request.out else []), "--resume"]
