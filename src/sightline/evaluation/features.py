@@ -18,6 +18,7 @@ from sightline.evaluation.measure import computed
 from sightline.images.decode import ImageError, read
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network
+from sightline.types import Batch
 
 VERSION = 1
 """Of how features are computed and kept."""
@@ -35,6 +36,16 @@ class Features:
     rows: Int64[np.ndarray, " n"]
     refused: Mapping[int, str]
     cached: bool = False
+
+
+@torch.inference_mode()
+def embedded(
+    network: Network, batch: Batch, device: torch.device, precision: torch.dtype, most: int
+) -> tuple[Float[Tensor, "b d"], int]:
+    """The feature vectors of a batch, float32 on the CPU, and how many images at a time memory bore (`computed`)."""
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        parts, most = computed(network.embed, batch, device, most)
+    return torch.cat([part.float().cpu() for _, part in parts]), most
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +79,6 @@ class Embedding:
             self.cache.put(key, tensors, json.dumps(found.refused))
         return found
 
-    @torch.inference_mode()
     def _computed(self, images: ImageSet, progress: Callable[[int], None]) -> Features:
         loader = OrderedLoader(
             images,
@@ -79,14 +89,13 @@ class Embedding:
         network, training = self.network.to(self.device), self.network.training
         network.eval()
         vectors, rows, reasons, most = list[Tensor](), list[Tensor](), list[str](), 2**62
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            for step, batch, refused in loader:
-                reasons += [reason for _, reason in refused]
-                if batch is not None:
-                    parts, most = computed(network.embed, batch, self.device, most)
-                    vectors += [part.float().cpu() for _, part in parts]
-                    rows.append(batch.index)
-                progress(min((step + 1) * self.batch_size, len(images)))
+        for step, batch, refused in loader:
+            reasons += [reason for _, reason in refused]
+            if batch is not None:
+                found, most = embedded(network, batch, self.device, self.precision, most)
+                vectors.append(found)
+                rows.append(batch.index)
+            progress(min((step + 1) * self.batch_size, len(images)))
         network.train(training)
         readable = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
         missing = np.setdiff1d(np.arange(len(images)), readable.numpy()).tolist()

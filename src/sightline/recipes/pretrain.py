@@ -20,6 +20,7 @@ from sightline.datasets.split import Splits
 from sightline.datasets.unlabelled import open_images
 from sightline.device import pick_device
 from sightline.errors import UserError, printable
+from sightline.evaluation.features import embedded
 from sightline.evaluation.knn import knn_accuracy
 from sightline.network import Network
 from sightline.objectives.objective import Objective
@@ -249,15 +250,13 @@ class _Pretraining(Run):
         self, network: Network, part: str, heed: Callable[[], None]
     ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
         """The features of each image that can be read, in float32, and its class."""
-        vectors, labels, training = [], [], network.training
+        vectors, labels, training, most = [], [], network.training, 2**62
         network.eval()
-        low = self.precision != torch.float32
-        with torch.inference_mode(), torch.autocast(self.world.device.type, self.precision if low else None, low):
-            for batch in self._read(part):
-                pixels, sizes = batch.pixels.to(self.world.device), batch.sizes
-                vectors.append(network.embed(pixels, sizes).float())
-                labels.append(batch.targets)
-                heed()
+        for batch in self._read(part):
+            found, most = embedded(network, batch, self.world.device, self.precision, most)
+            vectors.append(found)
+            labels.append(batch.targets)
+            heed()
         network.train(training)
         require(bool(vectors), f"none of the images of {self.splits.source} that judge the features can be read")
         return torch.cat(vectors), torch.cat(labels)
@@ -273,7 +272,7 @@ class _Pretraining(Run):
 
     def finished(self, outcome: Outcome, record: dict[str, Any]) -> Pretrained:
         metrics = dict(outcome.metrics)
-        refused = [name for name in self.refused if name in set(self.splits.val.samples.names)]
+        refused = self.refused.keys() & set(self.splits.val.samples.names)
         done = Pretrained(
             self.folder.path,
             "classify",
