@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from sightline.checkpoints.atomic import write_atomic
 from sightline.errors import printable
 from sightline.explanation.page import document
 from sightline.images.preprocess import Preprocess
-from sightline.network import Network, count_parameters
+from sightline.network import Network
 from sightline.reports.charts import line_chart
-from sightline.reports.sections import curves, doctor, settings, table
+from sightline.reports.sections import curves, doctor, settings, summary
 from sightline.training.journal import read
 
 _ALWAYS = ("step", "epoch", "loss", "lr", "grad_norm", "update_ratio", "rate")
@@ -57,12 +56,8 @@ class PretrainedReport:
             **{_NAMES.get(name, name): f"{value:.4g}" for name, value in metrics.items()},
             "held-out images": f"{self.record['counts']['evaluated']:,}",
             "training images": f"{data['train']:,}",
-            "network": f"{self.network.architecture.name}, {count_parameters(self.network):,} parameters",
-            "pixels": self.preprocess.describe(),
-            "time in training": f"{self.record['seconds']['train']:.0f} s",
         }
-        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in self.record["recipe"]["reasons"])
-        return f"{table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
+        return summary(rows, self.network, self.preprocess, self.record)
 
     def _curves(self) -> str:
         records = read(self.folder / "metrics.jsonl")

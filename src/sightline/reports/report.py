@@ -17,10 +17,10 @@ from sightline.errors import printable
 from sightline.explanation.page import document
 from sightline.explanation.render import png
 from sightline.images.preprocess import Preprocess
-from sightline.network import Network, count_parameters
+from sightline.network import Network
 from sightline.reports.card import Card
 from sightline.reports.charts import line_chart
-from sightline.reports.sections import curves, doctor, settings, table
+from sightline.reports.sections import curves, doctor, settings, summary
 from sightline.training.journal import read
 
 
@@ -73,12 +73,8 @@ class Report(ABC):
             **{name: f"{metrics[key]:.2%}" for key, name in self.figures.items()},
             "held-out images": f"{self.counts.evaluated:,} answered{refused}",
             "training images": f"{data['train']:,}" + (f" of {data['classes']} classes" if data["classes"] else ""),
-            "network": f"{self.network.architecture.name}, {count_parameters(self.network):,} parameters",
-            "pixels": self.preprocess.describe(),
-            "time in training": f"{self.record['seconds']['train']:.0f} s",
         }
-        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in self.record["recipe"]["reasons"])
-        return f"{table(rows)}<h2>Why this recipe</h2><ul>{reasons}</ul>"
+        return summary(rows, self.network, self.preprocess, self.record)
 
     def _curves(self) -> str:
         records = read(self.folder / "metrics.jsonl")

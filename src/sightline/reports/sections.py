@@ -4,11 +4,25 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from sightline.images.preprocess import Preprocess
+from sightline.network import Network, count_parameters
+
 
 def table(rows: Mapping[str, Any]) -> str:
     """Names and values, one a row."""
     cells = (f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
     return f"<table>{''.join(cells)}</table>"
+
+
+def summary(rows: Mapping[str, Any], network: Network, preprocess: Preprocess, record: Mapping[str, Any]) -> str:
+    """What was reached, in `rows`, by which network in what time, and why the run was as it was."""
+    told = {
+        "network": f"{network.architecture.name}, {count_parameters(network):,} parameters",
+        "pixels": preprocess.describe(),
+        "time in training": f"{record['seconds']['train']:.0f} s",
+    }
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in record["recipe"]["reasons"])
+    return f"{table({**rows, **told})}<h2>Why this recipe</h2><ul>{reasons}</ul>"
 
 
 def doctor(record: Mapping[str, Any]) -> str:
