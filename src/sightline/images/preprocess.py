@@ -83,7 +83,7 @@ class Preprocess:
             raise UserError(f"preprocess: the square of multiple ({self.multiple}) has to fit into size {self.size}")
         # One meaning, one spelling: otherwise equal pixels would have unequal fingerprints.
         if self.resize_size is not None:
-            height, width = self._intermediate()
+            height, width = self.intermediate()
             one = self.resize == "crop" and height == width
             object.__setattr__(self, "resize_size", height if one else (height, width))
         if self.interpolation == "lanczos":  # torch has it only since lately
@@ -176,7 +176,7 @@ class Preprocess:
         """The intermediate size of an image of this size."""
         if self.resize == "native":
             return self._largest(height, width)
-        rows, columns = self._intermediate()
+        rows, columns = self.intermediate()
         if self.resize == "squash":
             return rows, columns
         if self.resize == "crop" and rows == columns:
@@ -185,7 +185,8 @@ class Preprocess:
         ratio = side(height / rows, width / columns)
         return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
-    def _intermediate(self) -> tuple[int, int]:
+    def intermediate(self) -> tuple[int, int]:
+        """Height and width that images are resized to, or by, before they are cropped."""
         if self.resize_size is None:
             return math.floor(self.size[0] / self.crop_pct), math.floor(self.size[1] / self.crop_pct)
         return self.resize_size if isinstance(self.resize_size, tuple) else (self.resize_size, self.resize_size)
@@ -206,7 +207,7 @@ class Preprocess:
     def _smallest(self) -> tuple[int, int]:
         """What draft decoding has to leave at least, so that no side of the intermediate size is enlarged."""
         if self.resize != "native":
-            return self._intermediate()
+            return self.intermediate()
         side = math.isqrt(self.size[0] * self.size[1] - 1) + 1
         return side, side
 
@@ -253,14 +254,12 @@ class Preprocess:
         """The same contract for another input size; an explicit intermediate size grows in proportion."""
         if self.resize_size is None:
             return replace(self, size=size)
-        rows, columns = (
-            round(r * new / old) for r, new, old in zip(self._intermediate(), size, self.size, strict=True)
-        )
+        rows, columns = (round(r * new / old) for r, new, old in zip(self.intermediate(), size, self.size, strict=True))
         return replace(self, size=size, resize_size=(rows, columns))
 
     def describe(self) -> str:
         """One plain line for people."""
-        (height, width), (rows, columns) = self.size, self._intermediate()
+        (height, width), (rows, columns) = self.size, self.intermediate()
         kernel = f"{self.interpolation} of {self.kernel}{'' if self.antialias else ', aliased'}"
         cut = "" if (rows, columns) == self.size else f", centre crop to {height}×{width}"
         shorter = f"shorter side to {rows}" if rows == columns else f"resized to cover {rows}×{columns}"

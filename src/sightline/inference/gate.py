@@ -135,7 +135,7 @@ def _both(
         ready = predictor.prepare(path)
         if isinstance(ready, Answer):
             raise UserError(f"{printable(path)}: {ready.error}")
-        place, output = ready.place, predictor._run([ready], features=False)
+        place, output = ready.place, predictor.compute([ready], features=False)
         expected = _named(outputs.names, outputs.expected(output, place))
         if prepared:
             batch = runtime.run(np.stack([ready.pixels.numpy()] * 3))

@@ -120,13 +120,13 @@ class Predictor:
             for item in batch:
                 if isinstance(item, Answer):
                     raise UserError(f"{printable(item.path)}: {item.error}")
-            rows.append(self._run([item for item in batch if isinstance(item, Ready)], features=True))
+            rows.append(self.compute([item for item in batch if isinstance(item, Ready)], features=True))
         if not rows:
             raise UserError("there is no image to embed")
         return torch.cat(rows)
 
     def _answer(self, images: Sequence[Ready], top: int) -> Iterator[Answer]:
-        output = self._run(images, features=False)
+        output = self.compute(images, features=False)
         predictions = self.network.head.read(output, self.labels, top, [image.place for image in images])
         for image, prediction, good in zip(images, predictions, finite(output).tolist(), strict=True):
             if good:
@@ -134,7 +134,11 @@ class Predictor:
             else:
                 yield Answer(image.path, error="the model's answer is not a number: damaged weights, or try fp32")
 
-    def _run(self, images: Sequence[Ready], *, features: bool) -> Any:
+    def compute(self, images: Sequence[Ready], *, features: bool) -> Any:
+        """The network's output, or its features, for images of one size, in float32 on the CPU.
+
+        Raises WorkError where the device has too little memory.
+        """
         pixels = torch.stack([image.pixels for image in images]).to(self.device)
         self.network.eval()
         try:
