@@ -1,5 +1,6 @@
 """A backbone and its head: what `create_model` makes, and how it is written down."""
 
+import copy
 import math
 import os
 from collections.abc import Container, Hashable, Iterator, Mapping
@@ -168,6 +169,16 @@ class Network(nn.Module):
     def embed(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Float[Tensor, "b d"]:
         """The feature vector that the head's last layer reads, [batch, width]."""
         return self.head.features(self.backbone(pixels, sizes))
+
+    def merged(self, r: int) -> "Network":
+        """The same network with `r` patches merged in every layer (arXiv 2210.09461); the weights are the same tensors.
+
+        0 merges none. Raises UserError for families in which tokens cannot be merged.
+        """
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        other = copy.deepcopy(self, memo)
+        other.backbone.merge(r)
+        return other
 
     def example(self, pixels: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
         """Arguments for a call that uses every part of the network: these pixels, and what else there is to give."""

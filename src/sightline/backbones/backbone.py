@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.errors import UserError
 from sightline.types import Tokens
 
 FAMILIAR = {"img_size": "image_size", "act_layer": "activation", "representation_size": "pre_logits"}
@@ -29,6 +30,20 @@ class Backbone(nn.Module, ABC):
     config: Any
     width: int
     depth: int
+    merged: int = 0
+    """How many tokens each layer merges."""
+
+    def merge(self, r: int) -> None:
+        """From now on every layer merges `r` patches (arXiv 2210.09461).
+
+        Raises UserError where that is no Vision Transformer of one resolution with positions that are added once.
+        """
+        if r == 0:
+            return
+        raise UserError(
+            f"tokens cannot be merged in a {type(self).__name__}: windows, pooling, convolutions and layers of its own "
+            "kind need each token at its place; it is for Vision Transformers (vit, deit, dinov2, clip, …)"
+        )
 
     @abstractmethod
     def stages(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> list[Tokens]:

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from sightline.cli.options import add_device, add_texts, lines
+from sightline.cli.options import add_device, add_merge, add_texts, lines
 
 SUMMARY = "Measure a model on labelled images: its answers, by its task, or what its frozen features are worth."
 EXAMPLE = "sightline evaluate runs/photos photos --protocol knn"
@@ -24,6 +24,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images")
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_merge(parser)
     add_texts(parser, labels=False)
     add_device(parser)
 
@@ -46,6 +47,7 @@ def run(request: argparse.Namespace) -> int:
         precision=request.precision,
         architecture=request.architecture,
         vocabulary=request.vocabulary,
+        merge=request.merge,
         prompts=lines(request.prompts, "|"),
     )
     for name, reason in result.refused:

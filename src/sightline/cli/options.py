@@ -52,6 +52,12 @@ def setting(text: str) -> Any:
     return text
 
 
+def add_merge(parser: Any) -> None:
+    """Less work: token merging."""
+    words = "patches merged in each layer of a Vision Transformer: faster, a little less exact (default: 0, none)"
+    parser.add_argument("--merge", type=int, default=0, metavar="R", help=words)
+
+
 def add_device(parser: Any) -> None:
     """Where to compute, and in which arithmetic."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from sightline.cli.options import add_device, add_texts, lines
+from sightline.cli.options import add_device, add_merge, add_texts, lines
 
 SUMMARY = "Answer images: files, folders and globs, in order; one bad file costs one answer."
 EXAMPLE = "sightline predict runs/photos holiday/*.jpg --top 3"
@@ -24,6 +24,7 @@ def arguments(parser: Any) -> None:
     words = "what computes; auto is torch, others make a program first and take it where its answers are the same"
     parser.add_argument("--runtime", default="auto", choices=("auto", "torch", "onnx", "openvino"), help=words)
     parser.add_argument("--architecture", metavar="NAME", help="what a bare checkpoint is, where it cannot tell")
+    add_merge(parser)
     add_texts(parser)
     add_device(parser)
 
@@ -34,6 +35,8 @@ def run(request: argparse.Namespace) -> int:
     from sightline.model import load
 
     model = load(request.model, architecture=request.architecture, vocabulary=request.vocabulary)
+    if request.merge:
+        model = model.merged(request.merge)
     predictor = model.predictor(
         labels=lines(request.labels, ","),
         prompts=lines(request.prompts, "|"),

@@ -95,6 +95,8 @@ def export(
     outputs = outputs_of(architecture.task)
     if not predictor.labels:
         raise UserError("this model has no classes to answer with: name --labels, or train a classifier first")
+    if getattr(getattr(predictor.network, "backbone", None), "merged", 0):
+        raise UserError("a model that merges tokens is computed by torch alone: export it without merging")
     if predictor.device.type != "cpu" or predictor.precision != torch.float32:
         raise UserError("a program is exported from a model on the processor in fp32: --device cpu --precision fp32")
     if format == "openvino" and input == "image":

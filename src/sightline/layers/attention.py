@@ -70,7 +70,16 @@ class Attention(nn.Module):
         bias: Float[Tensor, "#b #h #n #m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Each query's mean of the values, weighted by how well its key fits; the map is never materialised."""
-        q, k, v = self.project(query, key, value)
+        return self._mixed(*self.project(query, key, value), bias)
+
+    def with_keys(
+        self, query: Float[Tensor, "b n d"], *, bias: Float[Tensor, "#b #h #n #n"] | None = None
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n k"]]:
+        """What `forward` gives for `query` alone, and the mean of its keys over the heads."""
+        q, k, v = self.project(query, None, None)
+        return self._mixed(q, k, v, bias), k.mean(dim=1)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Float[Tensor, "b n d"]:
         bias = None if bias is None else bias.to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.drop if self.training else 0.0)
         return self.out_drop(self.out(rearrange(mixed, "b h n k -> b n (h k)")))

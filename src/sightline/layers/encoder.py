@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sightline.layers.attention import Attention
+from sightline.layers.merging import Crowd, merge
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -150,12 +151,25 @@ class Block(nn.Module):
         x = x + self.drop_path(self.scale1(self.attention(self.norm1(x), bias=bias)))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
+    def merged(self, crowd: Crowd, r: int, prefix: int) -> Crowd:
+        """The block with `r` patches merged between attention and MLP (arXiv 2210.09461, section 3)."""
+        x, post = crowd.x, self.norm == "post"
+        mixed, keys = self.attention.with_keys(x if post else self.norm1(x), bias=crowd.bias())
+        x = x + self.drop_path(self.scale1(mixed))
+        crowd = merge(crowd._replace(x=self.norm1(x) if post else x), keys, r, prefix)
+        x = crowd.x
+        x = x + self.drop_path(self.scale2(self.mlp(x if post else self.norm2(x))))
+        return crowd._replace(x=self.norm2(x) if post else x)
+
 
 class Encoder(nn.Module):
     """A stack of blocks; the rate of `drop_path` grows linearly from 0 at the first to its value at the last.
 
     `bias` is added to the attention logits: one tensor for all layers, or a sequence with one for each.
     With `checkpointing` set, activations are recomputed in the backward pass instead of kept.
+
+    `merging` says how many patches each layer merges, the `protected` tokens before them never (none where it is
+    empty). What comes out has the first number of tokens again: those that were merged are equal.
     """
 
     def __init__(self, depth: int, *, drop_path: float = 0.0, **block):
@@ -163,9 +177,23 @@ class Encoder(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(drop_path=rate, **block) for rate in rates)
         self.checkpointing = False
+        self.merging: tuple[int, ...] = ()
+        self.protected = 0
+
+    def crowds(self, x: Float[Tensor, "b n d"]) -> Iterator[Crowd]:
+        """The tokens after each block in turn, as they are merged."""
+        crowd = Crowd.of(x)
+        for block, r in zip(self.blocks, self.merging, strict=True):
+            assert isinstance(block, Block)
+            crowd = block.merged(crowd, r, self.protected)
+            yield crowd
 
     def each(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Iterator[Tensor]:
         """The tokens after each block in turn, [b, n, d]."""
+        if self.merging:
+            assert bias is None, "merged tokens have no place that a bias could speak of"
+            yield from (crowd.spread() for crowd in self.crowds(x))
+            return
         shared = bias is None or isinstance(bias, Tensor)
         for i, block in enumerate(self.blocks):
             own = bias if shared else bias[i]
@@ -176,4 +204,7 @@ class Encoder(nn.Module):
             yield x
 
     def forward(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Float[Tensor, "b n d"]:
+        if self.merging:
+            assert bias is None, "merged tokens have no place that a bias could speak of"
+            return deque(self.crowds(x), maxlen=1).pop().spread()
         return deque(self.each(x, bias), maxlen=1).pop()  # only the last is kept

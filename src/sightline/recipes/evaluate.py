@@ -80,6 +80,7 @@ def evaluate(
     architecture: str | None = None,
     prompts: Sequence[str] | None = None,
     vocabulary: str | Path | None = None,
+    merge: int = 0,
 ) -> Evaluated:
     """Measures a model on the validation part of `data`, or on all of it where it has none.
 
@@ -89,7 +90,8 @@ def evaluate(
     other protocol is a row of the `PROTOCOLS` of `sightline.evaluation` (knn, linear, few-shot): it learns the classes
     of the data from the features that the frozen model has of the training part, and is judged on the validation part.
     `shots` are examples of each class, `seed` draws them too, and features are kept in the user's cache unless `cache`
-    is False. Raises UserError for what does not fit.
+    is False. `merge` patches of each image go into others in each layer (`Model.merged`). Raises UserError for what
+    does not fit.
     """
     require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
     require(workers >= 0, f"workers must not be negative, and is {workers}")
@@ -102,6 +104,9 @@ def evaluate(
         raise UserError(f"unknown protocol '{printable(protocol)}'.{near} There are {', '.join(known)}.")
     judge: Protocol | None = known[protocol]
     model = load(source, architecture=architecture, vocabulary=vocabulary)
+    require(merge == 0 or judge is None, "merge is for the protocol accuracy: features are kept for the whole network")
+    if merge:
+        model = model.merged(merge)
     where = pick_device(device)
     folder = Path(source)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
