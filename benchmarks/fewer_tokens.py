@@ -29,11 +29,11 @@ def networks(name: str, merges: list[int]) -> dict[int, torch.nn.Module]:
 def seconds(network: torch.nn.Module, pixels: torch.Tensor) -> float:
     """How long one batch takes."""
     began = time.perf_counter()
-    network(pixels)
+    with torch.inference_mode():
+        network(pixels)
     return time.perf_counter() - began
 
 
-@torch.inference_mode()
 def main() -> None:
     """Measures and prints one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +49,7 @@ def main() -> None:
     pixels = torch.randn(request.batch_size, backbone.in_chans, *backbone.image_size)
     operations = {}
     for r, network in ready.items():  # which warms up, too
-        with FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network(pixels)
         operations[r] = counter.get_total_flops()
     times: dict[int, list[float]] = {r: [] for r in merges}

@@ -204,7 +204,8 @@ def test_command(tmp_path) -> None:
     said = cli("predict", tmp_path / "model", *files, "--merge", 4, "--json", "--top", 7)
     assert said.status == 0, said.err
     expected = [answer.score for answer in model.merged(4).predict(files, top=7)]
-    assert [row["score"] for row in said.document["results"]] == pytest.approx(expected, abs=1e-5)
+    found = [row["predictions"][0]["score"] for row in said.document["results"]]
+    assert found == pytest.approx(expected, abs=1e-5)
     refused = cli("predict", tmp_path / "model", *files, "--merge", 4, "--runtime", "onnx")
     assert refused.status == 2
     assert "export it without merging" in refused.err
