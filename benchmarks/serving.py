@@ -1,6 +1,7 @@
 """The server beside the predictor that it serves: throughput, waiting, overload, memory, and an end under load.
 
     python benchmarks/serving.py [--model vit_small_patch16_224] [--rounds 3] [--seconds 20] [--requests 10000]
+                                 [--overload]
 
 Everything happens on loopback, with weights drawn at random. Throughput is measured in turns, the predictor in this
 process and the server in its own, as ratios. Every answer of the server is compared with what it said when asked alone.
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -248,15 +250,45 @@ async def measure(request: argparse.Namespace, folder: Path) -> None:
         )
 
 
+async def overload(request: argparse.Namespace, folder: Path) -> None:
+    """Four times what the server can do, asked whether or not it answers; and its counters afterwards."""
+    path = model_at(folder / "model", request.model)
+    with serving(str(path), "--max-wait", "1") as (process, port):
+        client = Client(port, pictures(16))
+        await client.learn()
+        closed = await client.closed(64, 4)
+        peak, before = closed.answered / closed.spent, resident(process.pid)
+        said = await client.open(4 * peak, request.seconds)
+        after = resident(process.pid)
+        refused = sorted(said.refused)
+        print(
+            f"peak {peak:.1f}/s; 4 × for {request.seconds:g} s: goodput {said.answered / said.spent / peak:.1%} of "
+            f"peak, p99 of accepted {said.p(0.99):.2f} s; {len(refused)} refused, p50 {np.quantile(refused, 0.5) * 1000:.1f} "
+            f"and p99 {np.quantile(refused, 0.99) * 1000:.1f} ms, {said.without_retry} without Retry-After; "
+            f"{said.wrong} wrong, {said.lost} lost; memory {before:.1f} to {after:.1f} MB"
+        )
+        sent = len(client.requests) + closed.answered + len(closed.refused) + said.answered + len(refused)
+        with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            rows = [row.rpartition(" ") for row in answer.read().decode().splitlines()]
+        counted = {
+            name.partition('outcome="')[2].partition('"')[0]: int(float(value))
+            for name, _, value in rows
+            if name.startswith("sightline_requests_total") and "/v1/predict" in name
+        }
+        total = sum(counted.values())
+        print(f"sent {sent + said.lost + closed.lost}, counted {total}: {counted}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--overload", action="store_true", help="only four times the capacity, and the counters")
     request = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(measure(request, Path(folder)))
+        asyncio.run((overload if request.overload else measure)(request, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import socket
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from command import refusal
 from served import form, saved
 from sightline.cli.serve import named_models
 from sightline.errors import UserError
+from sightline.serving import server
 from sightline.serving.app import make_app
 from sightline.serving.batching import Desk
 from sightline.serving.bodies import Room, _from_form, _from_json
@@ -266,3 +268,39 @@ class TestSlowness:
         monkeypatch.setattr(connection, "_cut", lambda reason, *_: reasons.append(reason))
         connection.sweep(100.0 + spent)
         assert reasons == ([] if cut is None else [cut])
+
+
+def test_connections_are_fetched_few_at_a_time_and_answers_leave_at_once():
+    """asyncio switches Nagle's algorithm off only on sockets that name their protocol."""
+
+    async def run() -> tuple[int, int, int]:
+        listener = server._listen(Settings(port=0))
+        came = []
+
+        class Noted(asyncio.Protocol):
+            def connection_made(self, transport):
+                came.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        with listener:
+            config = uvicorn.Config(lambda: None, backlog=server._AT_ONCE, lifespan="off", log_config=None)
+            config.load()
+            config.http_protocol_class = lambda **_: Noted()
+            own = server.Server(config, None, listener)
+            own.lifespan = config.lifespan_class(config)
+            await own.startup([listener])
+            clients = [socket.create_connection(listener.getsockname(), 5) for _ in range(100)]
+            most = 0
+            while len(came) < len(clients):
+                before = len(came)
+                await asyncio.sleep(0)
+                most = max(most, len(came) - before)
+            for client in clients:
+                client.close()
+            for listening in own.servers:
+                listening.close()
+        return len(came), most, min(came)
+
+    came, most, without_delay = asyncio.run(asyncio.wait_for(run(), 20))
+    assert came == 100
+    assert most <= server._AT_ONCE + 1
+    assert without_delay == 1

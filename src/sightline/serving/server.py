@@ -21,6 +21,11 @@ from sightline.serving.settings import Settings
 
 GRACE = 0.5
 """Seconds in which new connections are still taken after a signal to end, so that whoever sends them can notice."""
+_AT_ONCE = 16
+"""Connections fetched in one turn of the loop. asyncio fetches as many as the system may hold ready; a thousand that
+come together would keep all others waiting until each of them is set up."""
+_READY = 2048
+"""Connections that the system may hold ready."""
 
 
 def serve(
@@ -49,10 +54,10 @@ def _listen(settings: Settings) -> socket.socket:
     listener: socket.socket | None = None
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(_READY)
         listener.setblocking(False)
     except OSError as fault:
         if listener is not None:
@@ -80,6 +85,7 @@ async def _serve(
         log_level="error",
         access_log=False,
         server_header=False,
+        backlog=_AT_ONCE,
         proxy_headers=False,
         h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_keep_alive=int(settings.idle_seconds),
@@ -129,6 +135,11 @@ class Server(uvicorn.Server):
             self.force_exit = True
             print("sightline: ended at once; what was not answered is lost", file=sys.stderr, flush=True)
         self.gate.draining = self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen; the number that asyncio fetches at once is not the number that may wait."""
+        await super().startup(sockets)
+        self.listener.listen(_READY)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends as the class says."""
