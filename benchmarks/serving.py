@@ -263,10 +263,10 @@ async def overload(request: argparse.Namespace, folder: Path) -> None:
         refused = sorted(said.refused)
         print(
             f"peak {peak:.1f}/s; 4 × for {request.seconds:g} s: goodput {said.answered / said.spent / peak:.1%} of "
-            f"peak, p99 of accepted {said.p(0.99):.2f} s; {len(refused)} refused, "
-            f"p50 {np.quantile(refused, 0.5) * 1000:.1f} and p99 {np.quantile(refused, 0.99) * 1000:.1f} ms, "
-            f"{said.without_retry} without Retry-After; {said.wrong} wrong, {said.lost} lost; "
-            f"memory {before:.1f} to {after:.1f} MB"
+            f"peak, p99 of accepted {said.p(0.99):.2f} s; {len(refused)} refused, p50 "
+            f"{np.quantile(refused, 0.5) * 1000:.1f} and p99 {np.quantile(refused, 0.99) * 1000:.1f} ms, "
+            f"{said.without_retry} without Retry-After; "
+            f"{said.wrong} wrong, {said.lost} lost; memory {before:.1f} to {after:.1f} MB"
         )
         sent = len(client.requests) + closed.answered + len(closed.refused) + said.answered + len(refused)
         with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
