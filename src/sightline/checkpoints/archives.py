@@ -16,8 +16,7 @@ _DAMAGED = (
     zlib.error,
     lzma.LZMAError,
     struct.error,
-    NotImplementedError,
-    RuntimeError,
+    RuntimeError,  # and what is "not implemented": other ways to compress
     EOFError,
     ValueError,
     OverflowError,
