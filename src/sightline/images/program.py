@@ -133,10 +133,11 @@ class PixelProgram(nn.Module):
     def _sides(self, height: Tensor, width: Tensor) -> tuple[Side, Side]:
         """As `Preprocess.scaled` and what it cuts, with the picture's size known only when the program runs."""
         prepare = self.preprocess
-        rows, columns = (torch.tensor(float(n), dtype=torch.float64) for n in prepare.intermediate())
+        middle = prepare.intermediate()
+        rows, columns = (torch.tensor(float(n), dtype=torch.float64) for n in middle)
         if prepare.resize == "squash":
             scaled = rows, columns
-        elif prepare.resize == "crop" and prepare.intermediate()[0] == prepare.intermediate()[1]:
+        elif prepare.resize == "crop" and middle[0] == middle[1]:
             upright = height > width
             scaled = (
                 torch.where(upright, torch.floor(rows * height / width), rows),
