@@ -30,8 +30,11 @@ class Backbone(nn.Module, ABC):
     config: Any
     width: int
     depth: int
-    merged: int = 0
-    """How many tokens each layer merges."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether its layers merge tokens."""
+        return False
 
     def merge(self, r: int) -> None:
         """From now on every layer merges `r` patches (arXiv 2210.09461).

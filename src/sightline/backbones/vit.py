@@ -302,7 +302,7 @@ class ViT(Backbone):
         return self.tokenizer.grid(size)
 
     def stages(self, pixels: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> list[Tokens]:
-        if sizes is not None and (not self.local or self.merged):
+        if sizes is not None and (not self.local or self.merges):
             return self._stages_one_by_one(pixels, sizes)
         tokens, bias = self.embed(pixels, sizes)
         return [tokens._replace(x=x) for x in self.encoder.each(tokens.x, bias)]
@@ -313,11 +313,15 @@ class ViT(Backbone):
         sizes: Int[Tensor, "b 2"] | None = None,
         mask: Bool[Tensor, "b patches"] | None = None,
     ) -> Tokens:
-        if sizes is not None and (not self.local or self.merged):
+        if sizes is not None and (not self.local or self.merges):
             assert mask is None, "patches are hidden in images of one size only"
             return self._one_by_one(pixels, sizes)
         tokens, bias = self.embed(pixels, sizes, mask)
         return tokens._replace(x=self.norm(self.encoder(tokens.x, bias)))
+
+    @property
+    def merges(self) -> bool:
+        return bool(self.encoder.merging)
 
     def merge(self, r: int) -> None:
         require(r >= 0, f"the number of tokens to merge must not be negative, and is {r}")
@@ -325,8 +329,7 @@ class ViT(Backbone):
             not self.relative or r == 0,
             "tokens cannot be merged where attention has relative positions (BEiT): a merged token has no one place",
         )
-        self.merged, self.encoder.protected = r, self.prefix
-        self.encoder.merging = (r,) * self.depth if r else ()
+        self.encoder.merging, self.encoder.protected = (r,) * self.depth if r else (), self.prefix
 
     def layer_of(self, parameter: str) -> int:
         part, *rest = parameter.split(".")

@@ -59,7 +59,7 @@ def explain(
     images, for layers, tokens and classes that do not exist, for a `residual` out of range, and for a family that does
     not say how its maps lie side by side; WorkError where the attention or a gradient is not finite.
     """
-    if getattr(getattr(network, "backbone", None), "merged", 0):
+    if network.backbone.merges:
         raise UserError("a model that merges tokens cannot be explained: explain the model without merging")
     batch = pixels[None] if pixels.ndim == 3 else pixels
     if batch.ndim != 4 or len(batch) != 1:

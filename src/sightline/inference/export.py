@@ -95,7 +95,7 @@ def export(
     outputs = outputs_of(architecture.task)
     if not predictor.labels:
         raise UserError("this model has no classes to answer with: name --labels, or train a classifier first")
-    if getattr(getattr(predictor.network, "backbone", None), "merged", 0):
+    if predictor.network.backbone.merges:
         raise UserError("a model that merges tokens is computed by torch alone: export it without merging")
     if predictor.device.type != "cpu" or predictor.precision != torch.float32:
         raise UserError("a program is exported from a model on the processor in fp32: --device cpu --precision fp32")
@@ -177,7 +177,7 @@ def _traced(predictor: Predictor, outputs: Outputs, input: Input) -> ExportedPro
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(program.eval(), (example,), dynamic_shapes=(free,), strict=False)
-    except (RuntimeError, ValueError, NotImplementedError) as fault:
+    except (RuntimeError, ValueError) as fault:
         raise WorkError(f"torch.export cannot follow this network: {printable(fault, 400)}") from fault
 
 

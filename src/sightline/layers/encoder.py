@@ -145,21 +145,25 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n d"], bias: Bias | None = None) -> Float[Tensor, "b n d"]:
-        if self.norm == "post":
-            x = self.norm1(x + self.drop_path(self.scale1(self.attention(x, bias=bias))))
-            return self.norm2(x + self.drop_path(self.scale2(self.mlp(x))))
-        x = x + self.drop_path(self.scale1(self.attention(self.norm1(x), bias=bias)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        return self._after_mlp(self._after_attention(x, self.attention(self._asking(x), bias=bias)))
 
     def merged(self, crowd: Crowd, r: int, prefix: int) -> Crowd:
         """The block with `r` patches merged between attention and MLP (arXiv 2210.09461, section 3)."""
-        x, post = crowd.x, self.norm == "post"
-        mixed, keys = self.attention.with_keys(x if post else self.norm1(x), bias=crowd.bias())
+        mixed, keys = self.attention.with_keys(self._asking(crowd.x), bias=crowd.bias())
+        crowd = merge(crowd._replace(x=self._after_attention(crowd.x, mixed)), keys, r, prefix)
+        return crowd._replace(x=self._after_mlp(crowd.x))
+
+    def _asking(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return x if self.norm == "post" else self.norm1(x)
+
+    def _after_attention(self, x: Float[Tensor, "b n d"], mixed: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         x = x + self.drop_path(self.scale1(mixed))
-        crowd = merge(crowd._replace(x=self.norm1(x) if post else x), keys, r, prefix)
-        x = crowd.x
-        x = x + self.drop_path(self.scale2(self.mlp(x if post else self.norm2(x))))
-        return crowd._replace(x=self.norm2(x) if post else x)
+        return self.norm1(x) if self.norm == "post" else x
+
+    def _after_mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        if self.norm == "post":
+            return self.norm2(x + self.drop_path(self.scale2(self.mlp(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
 class Encoder(nn.Module):
@@ -180,8 +184,9 @@ class Encoder(nn.Module):
         self.merging: tuple[int, ...] = ()
         self.protected = 0
 
-    def crowds(self, x: Float[Tensor, "b n d"]) -> Iterator[Crowd]:
+    def crowds(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Iterator[Crowd]:
         """The tokens after each block in turn, as they are merged."""
+        assert bias is None, "merged tokens have no place that a bias could speak of"
         crowd = Crowd.of(x)
         for block, r in zip(self.blocks, self.merging, strict=True):
             assert isinstance(block, Block)
@@ -191,8 +196,7 @@ class Encoder(nn.Module):
     def each(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Iterator[Tensor]:
         """The tokens after each block in turn, [b, n, d]."""
         if self.merging:
-            assert bias is None, "merged tokens have no place that a bias could speak of"
-            yield from (crowd.spread() for crowd in self.crowds(x))
+            yield from (crowd.spread() for crowd in self.crowds(x, bias))
             return
         shared = bias is None or isinstance(bias, Tensor)
         for i, block in enumerate(self.blocks):
@@ -205,6 +209,5 @@ class Encoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], bias: Bias | Sequence[Bias] | None = None) -> Float[Tensor, "b n d"]:
         if self.merging:
-            assert bias is None, "merged tokens have no place that a bias could speak of"
-            return deque(self.crowds(x), maxlen=1).pop().spread()
+            return deque(self.crowds(x, bias), maxlen=1).pop().spread()
         return deque(self.each(x, bias), maxlen=1).pop()  # only the last is kept
