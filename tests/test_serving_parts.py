@@ -7,7 +7,6 @@ import socket
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from command import refusal
 from served import form, saved
@@ -282,9 +281,8 @@ def test_connections_are_fetched_few_at_a_time_and_answers_leave_at_once():
                 came.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
         with listener:
-            config = uvicorn.Config(lambda: None, backlog=server._AT_ONCE, lifespan="off", log_config=None)
+            config = server._config(lambda: None, Settings(port=0), lambda **_: Noted())
             config.load()
-            config.http_protocol_class = lambda **_: Noted()
             own = server.Server(config, None, listener)
             own.lifespan = config.lifespan_class(config)
             await own.startup([listener])

@@ -66,19 +66,10 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-async def _serve(
-    models: Mapping[str, str],
-    settings: Settings,
-    options: Mapping[str, Any],
-    started: Callable[[str], None],
-    listener: socket.socket,
-) -> None:
-    metrics = Metrics()
-    desks = {name: Desk(name, source, options, settings, metrics) for name, source in models.items()}
-    gate = make_app(desks, settings, metrics)
-    config = uvicorn.Config(
+def _config(gate: Gate, settings: Settings, http: Any) -> uvicorn.Config:
+    return uvicorn.Config(
         gate,
-        http=Guarded.made(settings, metrics),
+        http=http,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -91,7 +82,19 @@ async def _serve(
         timeout_keep_alive=int(settings.idle_seconds),
         timeout_graceful_shutdown=int(settings.deadline) + 5,
     )
-    server = Server(config, gate, listener)
+
+
+async def _serve(
+    models: Mapping[str, str],
+    settings: Settings,
+    options: Mapping[str, Any],
+    started: Callable[[str], None],
+    listener: socket.socket,
+) -> None:
+    metrics = Metrics()
+    desks = {name: Desk(name, source, options, settings, metrics) for name, source in models.items()}
+    gate = make_app(desks, settings, metrics)
+    server = Server(_config(gate, settings, Guarded.made(settings, metrics)), gate, listener)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
