@@ -49,8 +49,19 @@ class Outcome:
     def answered(self) -> int:
         return len(self.seconds)
 
-    def p(self, share: float) -> float:
-        return float(np.quantile(self.seconds, share)) if self.seconds else float("nan")
+    @property
+    def sent(self) -> int:
+        return self.answered + len(self.refused) + self.lost
+
+    def told(self, capacity: float) -> str:
+        """One line, beside the answers a second that are the most."""
+        waits, refusals = (np.quantile(times or [np.nan], (0.5, 0.99)) for times in (self.seconds, self.refused))
+        return (
+            f"{self.answered} answered, {self.answered / self.spent / capacity:.0%} of capacity; p50 {waits[0]:.2f} s, "
+            f"p99 {waits[1]:.2f} s; {len(self.refused)} refused, p50 {refusals[0] * 1000:.1f} ms, p99 "
+            f"{refusals[1] * 1000:.1f} ms, {self.without_retry} without Retry-After; {self.wrong} wrong, "
+            f"{self.lost} lost"
+        )
 
 
 class Client:
@@ -215,13 +226,7 @@ async def measure(request: argparse.Namespace, folder: Path) -> None:
         print(f"ratio: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
         for share in (0.5, 2.0):
             said = await client.open(share * best, request.seconds)
-            print(
-                f"{share:g} × capacity: {said.answered} answered, {said.answered / said.spent / best:.0%} of capacity; "
-                f"p50 {said.p(0.5):.2f} s, p99 {said.p(0.99):.2f} s; {len(said.refused)} refused, the slowest after "
-                f"{max(said.refused, default=0) * 1000:.0f} ms, {said.without_retry} without Retry-After; "
-                f"{said.wrong} wrong, {said.lost} lost",
-                flush=True,
-            )
+            print(f"{share:g} × capacity: {said.told(best)}", flush=True)
         ended = asyncio.Event()
         running = asyncio.create_task(client.closed(10**9, 16, ended))
         await asyncio.sleep(2)
@@ -256,19 +261,13 @@ async def overload(request: argparse.Namespace, folder: Path) -> None:
     with serving(str(path), "--max-wait", "1") as (process, port):
         client = Client(port, pictures(16))
         await client.learn()
-        closed = await client.closed(64, 4)
-        peak, before = closed.answered / closed.spent, resident(process.pid)
-        said = await client.open(4 * peak, request.seconds)
-        after = resident(process.pid)
-        refused = sorted(said.refused)
-        print(
-            f"peak {peak:.1f}/s; 4 × for {request.seconds:g} s: goodput {said.answered / said.spent / peak:.1%} of "
-            f"peak, p99 of accepted {said.p(0.99):.2f} s; {len(refused)} refused, p50 "
-            f"{np.quantile(refused, 0.5) * 1000:.1f} and p99 {np.quantile(refused, 0.99) * 1000:.1f} ms, "
-            f"{said.without_retry} without Retry-After; "
-            f"{said.wrong} wrong, {said.lost} lost; memory {before:.1f} to {after:.1f} MB"
-        )
-        sent = len(client.requests) + closed.answered + len(closed.refused) + said.answered + len(refused)
+        ended = asyncio.Event()
+        asyncio.get_running_loop().call_later(request.seconds / 3, ended.set)
+        most = await client.closed(10**9, 4, ended)
+        capacity, before = most.answered / most.spent, resident(process.pid)
+        said = await client.open(4 * capacity, request.seconds)
+        print(f"capacity {capacity:.1f}/s; 4 × for {request.seconds:g} s: {said.told(capacity)}")
+        print(f"memory {before:.1f} MB before, {resident(process.pid):.1f} MB after")
         with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             rows = [row.rpartition(" ") for row in answer.read().decode().splitlines()]
         counted = {
@@ -276,8 +275,8 @@ async def overload(request: argparse.Namespace, folder: Path) -> None:
             for name, _, value in rows
             if name.startswith("sightline_requests_total") and "/v1/predict" in name
         }
-        total = sum(counted.values())
-        print(f"sent {sent + said.lost + closed.lost}, counted {total}: {counted}")
+        sent = len(client.requests) + most.sent + said.sent
+        print(f"sent {sent}, counted {sum(counted.values())}: {counted}")
 
 
 def main() -> None:
