@@ -4,8 +4,10 @@ They are drawn, not stored, so that there are as many as are wanted; a scene is 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -24,6 +26,15 @@ COLOURS = {
     "purple": (146, 60, 176),
     "white": (240, 240, 238),
 }
+Pair = tuple[str, str]
+"""A colour and a shape."""
+
+PAIRS: tuple[Pair, ...] = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
+
+UNSEEN: tuple[Pair, ...] = tuple((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+"""What captioned scenes do not show, though every colour and every shape is in them: whoever knows what words mean can
+still find it."""
+
 SIZE = 64
 """Rows and columns of a scene."""
 
@@ -33,26 +44,34 @@ TRAINING, HELD_OUT = 4_000, 500
 MOST = 5
 """Objects in a scene, at most."""
 
+SINGLE, SINGLE_HELD_OUT = 50, 20
+"""Images of each pair in `builtin:objects`."""
+
 VISIBLE = 0.4
 """Share of an object that nothing may cover."""
 
 _FINE = 4  # shapes are drawn so many times as large and averaged down, which makes their edges smooth
 
 
-def scene(seed: int, number: int, *, size: int = SIZE, most: int = MOST) -> tuple[UInt8[np.ndarray, "h w 3"], Scene]:
+def scene(
+    seed: int, number: int, *, size: int = SIZE, most: int = MOST, pairs: Collection[Pair] = PAIRS
+) -> tuple[UInt8[np.ndarray, "h w 3"], Scene]:
     """One scene and what is in it: pixels [size, size, 3], and 1 to `most` objects of the classes `SHAPES`.
 
     Boxes are those of the visible pixels. Objects cover one another, but none so that less than `VISIBLE` of it shows.
+    `pairs` are the colours and shapes that there are, at least one.
     """
+    shapes = [shape for shape in SHAPES if any(shape == one for _, one in pairs)]
     random = np.random.default_rng([seed, number, size])
     picture = _ground(random, size)
     owner = np.full((size, size), -1)
     found: list[tuple[int, str, int, float]] = []  # class, colour, whole area, radius
     for _ in range(random.integers(1, most + 1)):
-        kind, colour = int(random.integers(len(SHAPES))), str(random.choice(list(COLOURS)))
+        shape = shapes[int(random.integers(len(shapes)))]
+        kind, colour = SHAPES.index(shape), str(random.choice([c for c in COLOURS if (c, shape) in pairs]))
         radius = size * random.uniform(0.1, 0.26)
         middle = random.uniform(0.8 * radius, size - 0.8 * radius, 2)
-        cover = _shape(SHAPES[kind], middle, radius, random.uniform(0, 2 * math.pi), size)
+        cover = _shape(shape, middle, radius, random.uniform(0, 2 * math.pi), size)
         inside = cover >= 0.5
         covered = owner.copy()
         covered[inside] = len(found)
@@ -138,27 +157,70 @@ def _caption(objects: Sequence[tuple[str, str, float]]) -> str:
 
 
 @lru_cache(maxsize=2)
-def _drawn(seed: int, first: int, last: int) -> Samples:
-    found = [scene(seed, number) for number in range(first, last)]
+def _drawn(seed: int, first: int, last: int, pairs: tuple[Pair, ...]) -> Samples:
+    found = [scene(seed, number, pairs=pairs) for number in range(first, last)]
     names = Names(f"{number:06}.png" for number in range(first, last))
     arrays, marks = [picture for picture, _ in found], [marks for _, marks in found]
     return Samples(names, np.full(len(found), -1), arrays=arrays, marks=marks)
 
 
-def scenes(seed: int, numbers: range, classes: tuple[str, ...] = SHAPES) -> ImageSet:
+def scenes(seed: int, numbers: range, classes: tuple[str, ...] = SHAPES, pairs: tuple[Pair, ...] = PAIRS) -> ImageSet:
     """The scenes of these numbers as a set; what is marked in each is a `Scene`."""
-    return ImageSet(classes, _drawn(seed, numbers.start, numbers.stop))
+    return ImageSet(classes, _drawn(seed, numbers.start, numbers.stop, pairs))
 
 
-def _split(classes: tuple[str, ...]) -> Callable[[int, float], Splits]:
+def _split(classes: tuple[str, ...], unseen: Collection[Pair] = ()) -> Callable[[int, float], Splits]:
+    pairs = tuple(pair for pair in PAIRS if pair not in unseen)
+
     def split(seed: int, held_out: float) -> Splits:
         """4,000 scenes to learn from and 500 others to judge by, whatever share is held out of sets that are given."""
         notes = [f"{TRAINING:,} scenes are drawn to learn from and {HELD_OUT} others to judge by, by seed {seed}"]
+        if unseen:
+            names = ", ".join(" ".join(pair) for pair in unseen)
+            notes.append(f"in none of them is a {names}: `evaluate MODEL builtin:objects:pairs=unseen` asks for these")
         train, val = range(TRAINING), range(TRAINING, TRAINING + HELD_OUT)
-        sets = scenes(seed, train, classes), scenes(seed, val, classes)
+        sets = scenes(seed, train, classes, pairs), scenes(seed, val, classes, pairs)
         return Splits(*sets, "builtin:scenes", notes, drawn=True)
 
     return split
 
 
-BUILTIN = {"scenes": {"detect": _split(SHAPES), "segment": _split(("background", *SHAPES)), "clip": _split(SHAPES)}}
+@dataclass(frozen=True)
+class ObjectSettings:
+    """What `builtin:objects:pairs=…` may say: which of the thirty colours with shapes there are images of.
+
+    All thirty are classes in each case, so that an unseen one has to be told from those that were seen.
+    """
+
+    pairs: Literal["all", "seen", "unseen"] = "all"
+
+
+@lru_cache(maxsize=2)
+def _single(seed: int, first: int, each: int, pairs: tuple[Pair, ...]) -> Samples:
+    """Images of one object each, of every pair equally many."""
+    targets = np.repeat([PAIRS.index(pair) for pair in pairs], each)
+    numbers = [first + i * len(PAIRS) + int(target) for target in dict.fromkeys(targets) for i in range(each)]
+    names = Names(f"{number:06}.png" for number in numbers)
+    arrays = [
+        scene(seed, number, most=1, pairs=(PAIRS[target],))[0] for number, target in zip(numbers, targets, strict=True)
+    ]
+    return Samples(names, targets, arrays=arrays)
+
+
+def _objects(seed: int, held_out: float, settings: ObjectSettings) -> Splits:
+    """Scenes of one object, whose class is its colour and its shape."""
+    chosen = {"all": PAIRS, "seen": tuple(pair for pair in PAIRS if pair not in UNSEEN), "unseen": UNSEEN}
+    pairs, classes = chosen[settings.pairs], tuple(" ".join(pair) for pair in PAIRS)
+    # Numbers behind those of scenes: no image of one set is in the other.
+    first = TRAINING + HELD_OUT
+    train = _single(seed, first, SINGLE, pairs)
+    val = _single(seed, first + SINGLE * len(PAIRS), SINGLE_HELD_OUT, pairs)
+    counts = f"{len(train)} images to learn from and {len(val)} others to judge by are drawn by seed {seed}"
+    return Splits(ImageSet(classes, train), ImageSet(classes, val), "builtin:objects", [counts], drawn=True)
+
+
+BUILTIN = {
+    "scenes": {"detect": _split(SHAPES), "segment": _split(("background", *SHAPES)), "clip": _split(SHAPES, UNSEEN)},
+    "objects": {"classify": _objects, "clip": _objects},
+}
+OPTIONS = {"objects": ObjectSettings}

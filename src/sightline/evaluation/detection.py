@@ -17,6 +17,7 @@ WORST = 12
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AR = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # areas in pixels, both ends included
 
 Found = tuple[Int64[np.ndarray, " q"], Float32[np.ndarray, " q"], Float32[np.ndarray, "q 4"]]
 """Class indices, scores, and boxes (left, top, right, bottom) in pixels of the original image."""
@@ -63,7 +64,7 @@ class Boxes(Measure):
 
     def metrics(self) -> dict[str, float]:
         figures = self._figures()
-        return {name: figures[name] for name in (*FIGURES, "ar100")}
+        return {name: figures[name] for name in (*FIGURES, "ar100") if name in figures}
 
     def headline(self) -> str:
         figures = self._figures()
@@ -84,7 +85,7 @@ class Boxes(Measure):
 
     def details(self, labels: Sequence[str]) -> Mapping[str, Any]:
         figures = self._figures()
-        recall = {name: figures[name] for name in AR}
+        recall = {name: figures[name] for name in AR if name in figures}
         return {"labels": list(labels), "per_class": self.per_class(labels), "average_recall": recall}
 
     def worst(self) -> list[int]:
@@ -116,18 +117,19 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 def average_precision(classes: int, truth: Mapping[int, Any], found: Mapping[int, Found]) -> dict[str, Any]:
     """COCO's twelve figures, and for every class its objects, AP and AP50; -1, COCO's "none", becomes 0 or None.
 
-    Raises UserError where faster-coco-eval is not installed.
+    Figures of a size of which there are no objects are left out. Raises UserError where faster-coco-eval is not installed.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
         raise UserError('weighing detection needs faster-coco-eval: pip install "sightline[dense]"') from error
     annotations, images = [], []
-    objects = [0] * classes
+    objects, absent = [0] * classes, set(SIZES)
     for i, marks in truth.items():
         images.append({"id": i, "height": marks.size[0], "width": marks.size[1]})
         for label, box, crowd, area in zip(marks.labels, marks.boxes, marks.crowd, marks.area, strict=True):
             objects[int(label)] += not crowd
+            absent -= {size for size, (least, most) in SIZES.items() if not crowd and least <= area <= most}
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -143,10 +145,10 @@ def average_precision(classes: int, truth: Mapping[int, Any], found: Mapping[int
         for i, (labels, scores, boxes) in found.items()
         for label, score, box in zip(labels, scores, boxes, strict=True)
     ]
-    empty = {**dict.fromkeys((*FIGURES, *AR), 0.0), "objects": objects}
+    told = [name for name in (*FIGURES, *AR) if name.partition("_")[2] not in absent]
     nothing: list[float | None] = [0.0 if n else None for n in objects]
     if not answers or not any(objects):
-        return {**empty, "class_ap": nothing, "class_ap50": nothing}
+        return {**dict.fromkeys(told, 0.0), "objects": objects, "class_ap": nothing, "class_ap50": nothing}
     categories = [{"id": i, "name": str(i)} for i in range(classes)]
     whole = COCO({"images": images, "annotations": annotations, "categories": categories})
     run = COCOeval_faster(whole, whole.loadRes(answers), "bbox", print_function=lambda *words: None)
@@ -154,6 +156,7 @@ def average_precision(classes: int, truth: Mapping[int, Any], found: Mapping[int
     run.accumulate()
     run.summarize()
     figures = dict(zip((*FIGURES, *AR), (max(float(value), 0.0) for value in run.stats[:12]), strict=True))
+    figures = {name: figures[name] for name in told}
     precision = run.eval["precision"]  # overlaps, recalls, classes, areas, most answers
     every = [
         [_mean(part[:, :, k]) if objects[k] else None for k in range(classes)]
