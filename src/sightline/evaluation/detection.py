@@ -117,7 +117,8 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 def average_precision(classes: int, truth: Mapping[int, Any], found: Mapping[int, Found]) -> dict[str, Any]:
     """COCO's twelve figures, and for every class its objects, AP and AP50; -1, COCO's "none", becomes 0 or None.
 
-    Figures of a size of which there are no objects are left out. Raises UserError where faster-coco-eval is not installed.
+    Figures of a size of which there are no objects are left out. Raises UserError where faster-coco-eval
+    is not installed.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
