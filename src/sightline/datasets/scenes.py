@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from sightline.datasets.image_set import ImageSet, Names, Samples
 from sightline.datasets.marks import Objects, Scene
 from sightline.datasets.split import Splits
+from sightline.schema import require
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
@@ -38,11 +39,14 @@ still find it."""
 SIZE = 64
 """Rows and columns of a scene."""
 
-TRAINING, HELD_OUT = 4_000, 500
-"""Scenes of `builtin:scenes`."""
+HELD_OUT = 500
+"""Scenes of `builtin:scenes` that are judged by."""
 
 MOST = 5
 """Objects in a scene, at most."""
+
+MOST_IMAGES = 1_000_000
+"""Scenes to learn from, at most."""
 
 SINGLE, SINGLE_HELD_OUT = 50, 20
 """Images of each pair in `builtin:objects`."""
@@ -156,31 +160,59 @@ def _caption(objects: Sequence[tuple[str, str, float]]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+@dataclass(frozen=True)
+class SceneSettings:
+    """What `builtin:scenes:NAME=VALUE,…` may say. Raises UserError for values out of range.
+
+    `images` are to learn from, `objects` is the most that there are in one, and `size` the side in pixels.
+    """
+
+    images: int = 4_000
+    objects: int = MOST
+    size: int = SIZE
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("images", 2, MOST_IMAGES), ("objects", 1, 12), ("size", 32, 512)):
+            value = getattr(self, name)
+            require(least <= value <= most, f"scenes: {name} must lie in [{least}, {most:,}], not {value:,}")
+        pixels = self.images * self.size**2
+        require(pixels <= 2**32, f"scenes: {self.images:,} of {self.size}×{self.size} are more than memory may hold")
+
+
 @lru_cache(maxsize=2)
-def _drawn(seed: int, first: int, last: int, pairs: tuple[Pair, ...]) -> Samples:
-    found = [scene(seed, number, pairs=pairs) for number in range(first, last)]
+def _drawn(seed: int, first: int, last: int, size: int, most: int, pairs: tuple[Pair, ...]) -> Samples:
+    found = [scene(seed, number, size=size, most=most, pairs=pairs) for number in range(first, last)]
     names = Names(f"{number:06}.png" for number in range(first, last))
     arrays, marks = [picture for picture, _ in found], [marks for _, marks in found]
     return Samples(names, np.full(len(found), -1), arrays=arrays, marks=marks)
 
 
-def scenes(seed: int, numbers: range, classes: tuple[str, ...] = SHAPES, pairs: tuple[Pair, ...] = PAIRS) -> ImageSet:
+def scenes(
+    seed: int,
+    numbers: range,
+    classes: tuple[str, ...] = SHAPES,
+    *,
+    size: int = SIZE,
+    most: int = MOST,
+    pairs: tuple[Pair, ...] = PAIRS,
+) -> ImageSet:
     """The scenes of these numbers as a set; what is marked in each is a `Scene`."""
-    return ImageSet(classes, _drawn(seed, numbers.start, numbers.stop, pairs))
+    return ImageSet(classes, _drawn(seed, numbers.start, numbers.stop, size, most, pairs))
 
 
-def _split(classes: tuple[str, ...], unseen: Collection[Pair] = ()) -> Callable[[int, float], Splits]:
+def _split(classes: tuple[str, ...], unseen: Collection[Pair] = ()) -> Callable[..., Splits]:
     pairs = tuple(pair for pair in PAIRS if pair not in unseen)
 
-    def split(seed: int, held_out: float) -> Splits:
-        """4,000 scenes to learn from and 500 others to judge by, whatever share is held out of sets that are given."""
-        notes = [f"{TRAINING:,} scenes are drawn to learn from and {HELD_OUT} others to judge by, by seed {seed}"]
+    def split(seed: int, held_out: float, told: SceneSettings) -> Splits:
+        """Scenes to learn from, and 500 others to judge by, whatever share is held out of sets that are given."""
+        notes = [f"{told.images:,} scenes are drawn to learn from and {HELD_OUT} others to judge by, by seed {seed}"]
         if unseen:
             names = ", ".join(" ".join(pair) for pair in unseen)
             notes.append(f"in none of them is a {names}: `evaluate MODEL builtin:objects:pairs=unseen` asks for these")
-        train, val = range(TRAINING), range(TRAINING, TRAINING + HELD_OUT)
-        sets = scenes(seed, train, classes, pairs), scenes(seed, val, classes, pairs)
-        return Splits(*sets, "builtin:scenes", notes, drawn=True)
+        # Those to judge by come first: they are the same ones however many there are to learn from.
+        parts = range(HELD_OUT, HELD_OUT + told.images), range(HELD_OUT)
+        train, val = (scenes(seed, p, classes, size=told.size, most=told.objects, pairs=pairs) for p in parts)
+        return Splits(train, val, "builtin:scenes", notes, drawn=True)
 
     return split
 
@@ -211,10 +243,9 @@ def _objects(seed: int, held_out: float, settings: ObjectSettings) -> Splits:
     """Scenes of one object, whose class is its colour and its shape."""
     chosen = {"all": PAIRS, "seen": tuple(pair for pair in PAIRS if pair not in UNSEEN), "unseen": UNSEEN}
     pairs, classes = chosen[settings.pairs], tuple(" ".join(pair) for pair in PAIRS)
-    # Numbers behind those of scenes: no image of one set is in the other.
-    first = TRAINING + HELD_OUT
-    train = _single(seed, first, SINGLE, pairs)
-    val = _single(seed, first + SINGLE * len(PAIRS), SINGLE_HELD_OUT, pairs)
+    first = MOST_IMAGES + HELD_OUT  # behind those of scenes, so that no ground is in both
+    val = _single(seed, first, SINGLE_HELD_OUT, pairs)
+    train = _single(seed, first + SINGLE_HELD_OUT * len(PAIRS), SINGLE, pairs)
     counts = f"{len(train)} images to learn from and {len(val)} others to judge by are drawn by seed {seed}"
     return Splits(ImageSet(classes, train), ImageSet(classes, val), "builtin:objects", [counts], drawn=True)
 
@@ -223,4 +254,4 @@ BUILTIN = {
     "scenes": {"detect": _split(SHAPES), "segment": _split(("background", *SHAPES)), "clip": _split(SHAPES, UNSEEN)},
     "objects": {"classify": _objects, "clip": _objects},
 }
-OPTIONS = {"objects": ObjectSettings}
+OPTIONS = {"scenes": SceneSettings, "objects": ObjectSettings}
