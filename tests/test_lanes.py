@@ -65,16 +65,17 @@ def test_lanes_are_taken_where_they_are_faster_and_change_no_bit(alone, beside, 
 def test_orders_in_lanes_are_answered_as_they_are_alone(tmp_path, monkeypatch):
     model = load(saved(tmp_path / "model"))
     predictor = model.predictor(batch_size=32, top=1)
-    together, most, explained = 0, 0, []
+    together, most, calls, explained = 0, 0, 0, []
     count = threading.Lock()
     compute, explain = predictor.compute, worker.Worker._explained
 
     def computed(images, *, features):
-        nonlocal together, most
+        nonlocal together, most, calls
         with count:
-            together += 1
+            together, calls = together + 1, calls + 1
+            long = calls % 2
             most = max(most, together)
-        time.sleep(0.02)
+        time.sleep(0.04 if long else 0.01)  # so that those beside each other do not end together
         found = compute(images, features=features)
         with count:
             together -= 1
