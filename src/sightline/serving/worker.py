@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 
 from sightline.errors import UserError, WorkError, printable
 from sightline.explanation.maps import attention_layers
@@ -26,6 +26,7 @@ from sightline.inference.files import to_json
 from sightline.inference.predictor import Answer, Predictor
 from sightline.model import Model, load
 from sightline.serving.explained import Explainer
+from sightline.serving.lanes import Lanes, measured
 from sightline.serving.rejection import Rejection
 from sightline.serving.wire import receive, send
 
@@ -41,8 +42,10 @@ class Order(NamedTuple):
 class Worker:
     """A model at work for one server, behind a socket."""
 
-    def __init__(self, line: socket.socket, model: Model, predictor: Predictor, batch_size: int):
+    def __init__(self, line: socket.socket, model: Model, predictor: Predictor, batch_size: int, lanes: Lanes):
         self.line, self.model, self.predictor, self.batch_size = line, model, predictor, batch_size
+        self.lanes, self.busy, self.idle = lanes, 0, threading.Condition()
+        self.taking, self.sending = threading.Lock(), threading.Lock()
         self.explainer = Explainer(model)
         self.pool = ThreadPoolExecutor(predictor.threads, thread_name_prefix="sightline-read")
         self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
@@ -50,7 +53,8 @@ class Worker:
 
     def work(self) -> None:
         """Takes orders until the server closes the line."""
-        threading.Thread(target=self._compute, name="sightline-compute", daemon=True).start()
+        for _ in range(self.lanes.count):
+            threading.Thread(target=self._compute, name="sightline-compute", daemon=True).start()
         while (message := receive(self.line)) is not None:
             header, images = message
             read = []
@@ -60,15 +64,34 @@ class Worker:
             self.orders.put(Order(header, images, read))
 
     def _compute(self) -> None:
-        while True:
+        try:
+            while True:
+                self._turn()
+        except OSError:
+            return  # the server has gone
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _turn(self) -> None:
+        """Answers what is next: beside others where there are more like it, and with all cores where there are not."""
+        with self.taking:
             orders = self._next()
-            try:
+            beside = self.lanes.count > 1 and _small(orders) and (self.busy > 0 or not self.orders.empty())
+            if not beside:
+                with self.idle:
+                    self.idle.wait_for(lambda: self.busy == 0)
+                torch.set_num_threads(self.lanes.threads)
                 self._answer(orders)
-            except OSError:
-                return  # the server has gone
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
+                return
+            self.busy += 1
+        try:
+            torch.set_num_threads(self.lanes.share)
+            self._answer(orders)
+        finally:
+            with self.idle:
+                self.busy -= 1
+                self.idle.notify()
 
     def _next(self) -> list[Order]:
         """The next order, and those that can be computed together with it."""
@@ -95,7 +118,8 @@ class Worker:
         together = sum(len(order.images) for order in orders)
         for order, (status, body) in zip(orders, documents, strict=True):
             header = {"id": order.header["id"], "status": status, "batch": together if order is orders[0] else None}
-            send(self.line, header, [body])
+            with self.sending:
+                send(self.line, header, [body])
 
     def _predicted(self, orders: Sequence[Order]) -> list[tuple[int, bytes]]:
         items = [future.result() for order in orders for future in order.read]
@@ -130,6 +154,11 @@ class Worker:
             document["error"] = {"code": "unreadable_image", "message": words}
             status = 422
         return status, json.dumps(document).encode() + b"\n"
+
+
+def _small(orders: Sequence[Order]) -> bool:
+    """Whether it is one image to be predicted: explanations look into the network, which they need for themselves."""
+    return len(orders) == 1 and orders[0].header["kind"] == "predict" and len(orders[0].images) == 1
 
 
 def _fit(answer: Answer, top: int) -> Answer:
@@ -174,7 +203,8 @@ def work(line: socket.socket, source: str, options: Mapping[str, Any]) -> None:
             raise UserError(f"{printable(source)} has no classifier: there is nothing to answer with")
         apart = predictor.device.type == "cpu"
         batch_size = options["batch_size"] or (1 if apart else 32)
-        seconds = _warm(predictor)
+        alike = predictor.preprocess.resize != "native"  # which alone tells what holds for all images
+        lanes = measured(predictor, apart=apart and batch_size == 1 and alike)
     except (UserError, WorkError) as fault:
         send(line, {"failed": str(fault), "status": fault.status})
         return
@@ -192,20 +222,12 @@ def work(line: socket.socket, source: str, options: Mapping[str, Any]) -> None:
         "pixels": model.preprocess.describe(),
         "device": str(predictor.device),
         "batch_size": batch_size,
-        "look_ahead": 2 * batch_size + predictor.threads,
-        "seconds": seconds,
+        "look_ahead": 2 * batch_size * lanes.count + predictor.threads,
+        "lanes": lanes.count,
+        "seconds": lanes.seconds,
         "loading": time.monotonic() - began,
     }
     send(line, ready)
-    Worker(line, model, predictor, batch_size).work()
+    Worker(line, model, predictor, batch_size, lanes).work()
     sys.stderr.flush()
     os._exit(0)  # the thread that computes may be in the middle of an answer that nobody waits for
-
-
-def _warm(predictor: Predictor) -> float:
-    """Answers a blank image twice, so that no client pays for the first time; the seconds of the second."""
-    blank = predictor.prepare(np.zeros((*predictor.preprocess.size, 3), dtype=np.uint8))
-    for _ in range(2):
-        began = time.perf_counter()
-        list(predictor.answers([blank]))
-    return time.perf_counter() - began
