@@ -1,0 +1,87 @@
+"""What the machine can do at best: the products of matrices and the copies that a network is made of."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SHAPES = ((1576, 768, 3072), (1576, 3072, 768), (2048, 2048, 2048))
+"""Rows, inner length and columns of the products: those of ViT-B/16's MLP for eight images, and a square."""
+
+COPIED = 2**26
+"""Bytes of a copy: more than the caches hold."""
+
+_TRIES, _PATIENCE = 7, 1.0
+
+
+class Machine(NamedTuple):
+    """Where it was measured.
+
+    `products` are the most multiplications and additions a second in each precision, in 1e9; `copies` is 1e9 bytes a
+    second, each counted once as read and once as written.
+    """
+
+    processor: str
+    threads: int
+    torch: str
+    device: str
+    products: dict[str, float]
+    copies: float
+
+
+def machine(device: torch.device, precisions: dict[str, torch.dtype]) -> Machine:
+    """Measures the machine in a few seconds."""
+    return Machine(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        torch.get_num_threads(),
+        torch.__version__,
+        str(device),
+        {name: max(_products(device, dtype, shape) for shape in SHAPES) for name, dtype in precisions.items()},
+        _copies(device),
+    )
+
+
+def settled(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> float:
+    rows, inner, columns = shape
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(columns, inner, device=device).to(dtype)
+    best = _best(lambda: torch.nn.functional.linear(a, b), device)
+    return 2 * rows * inner * columns / best / 1e9
+
+
+def _copies(device: torch.device) -> float:
+    here = torch.zeros(COPIED // 4, device=device)
+    there = torch.empty_like(here)
+    return 2 * COPIED / _best(lambda: there.copy_(here), device) / 1e9
+
+
+def _best(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest time of a few; the first does not count."""
+    work()
+    settled(device)
+    found, began = [], time.perf_counter()
+    while len(found) < _TRIES and (len(found) < 2 or time.perf_counter() - began < _PATIENCE):
+        start = time.perf_counter()
+        work()
+        settled(device)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _processor() -> str:
+    try:
+        rows = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

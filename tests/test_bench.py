@@ -1,0 +1,137 @@
+"""`sightline bench`: contenders that take turns, the figures made of their times, and the command."""
+
+import json
+
+import pytest
+import torch
+
+from command import cli, refusal
+from sightline.benching import cases
+from sightline.benching.bench import bench, lines
+from sightline.benching.cases import Plan
+from sightline.benching.ceilings import Machine
+from sightline.benching.peers import PEERS, TORCHVISION, Peer
+from sightline.benching.rounds import Contender, Ratio, Timed, growth, take_turns
+from sightline.errors import UserError
+from sightline.network import create_model, describe, list_models
+
+MACHINE = Machine("a processor", 1, "2", "cpu", {"fp32": 50.0, "bf16": 100.0}, 20.0)
+
+
+def test_contenders_take_turns_and_the_first_call_does_not_count():
+    now, calls = 0.0, []
+
+    def work(name, seconds):
+        def done():
+            nonlocal now
+            calls.append(name)
+            now += seconds * (10 if calls.count(name) == 1 else calls.count(name))
+
+        return done
+
+    one, other = take_turns([Contender("a", work("a", 2.0)), Contender("b", work("b", 3.0))], 3, clock=lambda: now)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert list(one.seconds) == [4.0, 6.0, 8.0]
+    assert list(other.seconds) == [6.0, 9.0, 12.0]
+    assert one.median == 6.0
+    assert other.over(one) == Ratio(1.5, 1.5, 1.5)
+
+
+def test_ratios_are_of_rounds_and_not_of_medians():
+    slow = Timed("slow", [2.0, 30.0, 5.0]).over(Timed("fast", [1.0, 20.0, 1.0]))
+    assert slow == Ratio(2.0, 1.5, 5.0)
+    assert str(slow) == "2.00 (1.50 to 5.00)"
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.7])
+def test_growth_is_the_power(power):
+    sides = [96, 224, 320]
+    assert growth(sides, [3e-4 * side**power for side in sides]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_peers_have_networks_of_the_same_size(name):
+    ours = sum(parameter.numel() for parameter in create_model(name, 10).parameters())
+    found = {peer: row.network(describe(name, 10), 10) for peer, row in PEERS.items()}
+    assert {peer for peer, network in found.items() if network is None} == {
+        "vit_tiny_patch16_224": {"torchvision"},
+        "swin_tiny_patch4_window7_224": set(),
+        "resnet18": {"transformers"},
+    }[name]
+    for network in found.values():
+        if network is not None:
+            assert sum(parameter.numel() for parameter in network.parameters()) == ours
+            assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
+
+
+def test_torchvisions_names_are_of_networks_that_there_are():
+    from torchvision import models
+
+    assert set(TORCHVISION) <= set(list_models())
+    assert set(TORCHVISION.values()) <= set(models.list_models())
+
+
+def test_larger_images_cost_more_and_the_curve_says_how_much():
+    plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), sides=(32, 160, 320), rounds=1)
+    (table,) = cases.resolution(plan, MACHINE)
+    assert [(point.side, point.tokens) for point in table.points] == [(32, 4), (160, 100), (320, 400)]
+    assert table.points[0].seconds < table.points[2].seconds
+    assert table.exponents["seconds"] > 0
+    words = "\n".join(lines(table))
+    assert "320×320" in words
+    assert "grow with the side to the power of" in words
+
+
+def test_what_is_not_there_is_refused_or_left_out(monkeypatch):
+    monkeypatch.setitem(PEERS, "absent", Peer("no-such-package", PEERS["timm"].network))
+    plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), peers=("absent",), sides=(32,), rounds=1)
+    told = []
+    done = bench(plan, ["resolution"], tell=told.extend)
+    assert done.peers == {"absent": None}
+    assert "absent is not installed, and is left out" in told
+    for fault, words in (
+        ({"peers": ("tim",)}, "unknown peer 'tim'. Did you mean timm?"),
+        ({"precisions": ("int8",)}, "unknown precision 'int8'"),
+    ):
+        with pytest.raises(UserError, match=words.replace("?", r"\?")):
+            bench(Plan("vit_tiny_patch16_224", torch.device("cpu"), **fault), ["resolution"])
+
+
+def test_the_command_measures_and_writes_a_page(tmp_path):
+    words = ("--model", "vit_tiny_patch16_224", "--against", "timm", "--batch-size", "1,2", "--sides", "32,48")
+    done = cli("bench", *words, "--rounds", "2", "--json", "--out", tmp_path / "page.html")
+    assert done.status == 0, done.err
+    document = json.loads(done.out)
+    assert document["machine"]["products"]["fp32"] > 1
+    assert set(document["peers"]) == {"timm"}
+    tables = {(table["case"], table["batch"]): table for table in document["tables"]}
+    assert list(tables) == [("forward", 1), ("forward", 2), ("training", 2), ("resolution", 1)]
+    for (case, batch), table in tables.items():
+        if case == "resolution":
+            continue
+        assert [row["name"] for row in table["rows"]] == ["sightline", "timm"]
+        assert table["rows"][0]["ratio"] == {"median": 1.0, "least": 1.0, "most": 1.0}
+        for row in table["rows"]:
+            assert row["images_per_second"] == pytest.approx(1 / row["seconds"])
+            assert 0 < row["share_of_peak"] < 1.5
+            # multiply-adds of ViT-Ti/16 at 224 pixels, and as many additions; three times as many to learn
+            flops = 2 * 1.258e9 * (3 if case == "training" else 1)
+            peak = document["machine"]["products"]["fp32"] * 1e9
+            assert row["share_of_peak"] == pytest.approx(flops / row["seconds"] / peak, rel=0.02), (case, batch)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2
+    assert "vit_tiny_patch16_224" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "vit_tinny_patch16_224"), "vit_tiny_patch16_224"),
+        (("--rounds", "0"), "--rounds must lie in [1, 1000]"),
+        (("--batch-size", "1,x"), "--batch-size takes whole numbers"),
+        (("--sides", "0"), "--sides takes whole numbers"),
+        (("--cases", "forwards"), "Did you mean forward?"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(words, said):
+    assert said in refusal("bench", *words)
