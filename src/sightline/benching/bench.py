@@ -12,6 +12,7 @@ from sightline.benching.rounds import as_json
 from sightline.errors import UserError, printable, suggest
 from sightline.explanation.page import document
 from sightline.reports.charts import line_chart
+from sightline.reports.sections import curves
 
 
 class Benched(NamedTuple):
@@ -42,8 +43,9 @@ class Benched(NamedTuple):
             parts += [f"<p>{escape(note)}</p>" for note in (*table.notes, *_grown(table))]
             seconds = [(point.side, point.seconds) for point in table.points]
             memory = [(point.side, point.megabytes) for point in table.points if point.megabytes is not None]
-            parts += [line_chart(seconds, "pixels along the side", "seconds", zero=True)] if seconds else []
-            parts += [line_chart(memory, "pixels along the side", "MB", zero=True)] if memory else []
+            drawn = [(seconds, "Seconds"), (memory, "Megabytes above the model's own")]
+            charts = [(line_chart(ends, "pixels along the side", words, zero=True), words) for ends, words in drawn]
+            parts += [curves(charts)] if table.points else []
         return document(f"sightline bench: {self.model}", "\n".join(parts))
 
 
