@@ -113,6 +113,42 @@ def test_every_position_and_pooling_holds_in_unlike_batches(positions, pool):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_images_joined_in_one_sequence_learn_what_they_learn_on_a_canvas(pool, monkeypatch):
+    network = small("vit", global_pool=pool).train()
+    sizes = torch.tensor([[40, 21], [19, 60], [40, 60]])
+    canvas = torch.randn(3, 3, 40, 60)
+    found = {}
+    for joins in (True, False):
+        lengths = []
+        with monkeypatch.context() as patch:
+            patch.setattr(type(network.backbone), "joins", joins)
+            patch.setattr(network.backbone.encoder, "forward", _watched(network.backbone.encoder.forward, lengths))
+            network.zero_grad()
+            output = network(canvas, sizes)
+            output.square().sum().backward()
+        found[joins] = output, [parameter.grad for parameter in network.parameters()], lengths
+    assert found[True][2][0][0] == 1
+    assert found[True][2][0][1] < 3 * found[False][2][0][1]  # what fills up is not computed
+    for ours, theirs in zip([found[True][0], *found[True][1]], [found[False][0], *found[False][1]], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def _watched(forward, lengths):
+    def watched(x, bias=None):
+        lengths.append(x.shape)
+        return forward(x, bias)
+
+    return watched
+
+
+def test_depth_that_is_dropped_for_whole_images_keeps_them_on_a_canvas():
+    network = small("vit", drop_path_rate=0.5)
+    assert network.backbone.eval().joins
+    assert not network.backbone.train().joins
+    assert not small("vit", positions="relative").backbone.joins
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_where_a_patch_stands_matters_except_without_positions(positions):
     network = small("vit", positions=positions, patch_size=8, image_size=(16, 24))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sightline.backbones.backbone import Backbone
 from sightline.errors import printable
-from sightline.layers.attention import Attention
+from sightline.layers.attention import Apart, Attention
 from sightline.layers.canvas import on_canvas, real_pixels, real_tokens
-from sightline.layers.encoder import Block, Encoder
+from sightline.layers.encoder import Bias, Block, Encoder
 from sightline.layers.positions import RESAMPLERS, LearnedPositions, resample_table
 from sightline.layout import Rule, Shapes, TimmLayout, fused, one, same
 from sightline.registry import Variant
@@ -95,9 +95,10 @@ class TalkingHeads(Attention):
         key: Float[Tensor, "b m d"] | None = None,
         value: Float[Tensor, "b m d"] | None = None,
         *,
-        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        bias: Float[Tensor, "#b #h #n #m"] | Apart | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Each query's mixture of the values; a head's weights need not sum to 1, nor be positive."""
+        assert not isinstance(bias, Apart), "images are apart here by hiding keys"
         q, k, v = self.project(query, key, value)
         weights = _across(self.after, self._softmax(q, k, bias))
         if bias is not None:
@@ -147,7 +148,7 @@ def _across(mixing: nn.Linear, maps: Float[Tensor, "b h n m"]) -> Float[Tensor, 
 class ClassLayer(Block):
     """An encoder layer in which only the class token, the first, changes (arXiv 2103.17239, section 3)."""
 
-    def forward(self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "#b #h #n #n"] | None = None) -> Tensor:
+    def forward(self, x: Float[Tensor, "b n d"], bias: Bias | None = None) -> Tensor:
         """All tokens, after the class token has read them and itself."""
         seen = self.norm1(x)
         token = x[:, :1] + self.scale1(self.attention(seen[:, :1], seen, bias=bias))

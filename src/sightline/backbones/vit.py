@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sightline.backbones.backbone import Backbone
 from sightline.errors import printable, suggest
+from sightline.layers.attention import Apart
 from sightline.layers.canvas import on_canvas, real_pixels, real_tokens
 from sightline.layers.encoder import ACTIVATIONS, Encoder
 from sightline.layers.positions import (
@@ -317,7 +318,25 @@ class ViT(Backbone):
             assert mask is None, "patches are hidden in images of one size only"
             return self._one_by_one(pixels, sizes)
         tokens, bias = self.embed(pixels, sizes, mask)
+        if tokens.mask is not None and self.joins:
+            return tokens._replace(x=self._through_one_sequence(tokens.x, tokens.mask))
         return tokens._replace(x=self.norm(self.encoder(tokens.x, bias)))
+
+    @property
+    def joins(self) -> bool:
+        """Whether images of unlike sizes go through the encoder one behind the other, without what fills them up.
+
+        Depth that is dropped at random is dropped for a whole image, which a sequence of several is not; relative
+        positions are made on the canvas.
+        """
+        return not self.relative and not (self.training and self.config.drop_path_rate > 0)
+
+    def _through_one_sequence(self, x: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """The encoder and the norm for the real tokens alone; zeros for what fills up (arXiv 2307.06304)."""
+        joined = self.norm(self.encoder(x[real][None], Apart(real.sum(dim=1).tolist())))
+        out = joined.new_zeros(x.shape)
+        out[real] = joined[0]
+        return out
 
     @property
     def merges(self) -> bool:

@@ -1,10 +1,28 @@
 """The one attention of every model here: fused when it computes, explicit when it is looked at."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Images one after the other in one sequence, of so many tokens each, which attend to their own image alone.
+
+    What a bias would be that hides all others (arXiv 2307.06304, section 3.1), without computing what is hidden.
+    """
+
+    lengths: Sequence[int]
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, drop: float) -> Float[Tensor, "b h n k"]:
+        """The mixture of each image by itself."""
+        parts = zip(*(x.split(list(self.lengths), dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part, dropout_p=drop) for part in parts], dim=2)
 
 
 class Attention(nn.Module):
@@ -16,7 +34,8 @@ class Attention(nn.Module):
     The three input projections share one matrix, rows in the order query, key, value. `qkv_bias` gives them a bias;
     without `key_bias` only queries and values have one, as in BEiT (one of the keys shifts all logits of a query alike
     and changes no map). Windows are put into the batch axis by the caller; masks and relative positions go into
-    `bias`, which is added to the logits (minus infinity hides a key).
+    `bias`, which is added to the logits (minus infinity hides a key). `Apart` in its place keeps images apart that
+    share a sequence.
     """
 
     def __init__(
@@ -67,7 +86,7 @@ class Attention(nn.Module):
         key: Float[Tensor, "b m d"] | None = None,
         value: Float[Tensor, "b m d"] | None = None,
         *,
-        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        bias: Float[Tensor, "#b #h #n #m"] | Apart | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Each query's mean of the values, weighted by how well its key fits; the map is never materialised."""
         return self._mixed(*self.project(query, key, value), bias)
@@ -79,9 +98,13 @@ class Attention(nn.Module):
         q, k, v = self.project(query, None, None)
         return self._mixed(q, k, v, bias), k.mean(dim=1)
 
-    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Float[Tensor, "b n d"]:
-        bias = None if bias is None else bias.to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.drop if self.training else 0.0)
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Apart | None) -> Float[Tensor, "b n d"]:
+        drop = self.drop if self.training else 0.0
+        if isinstance(bias, Apart):
+            mixed = bias.mixed(q, k, v, drop)
+        else:
+            bias = None if bias is None else bias.to(q.dtype)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
         return self.out_drop(self.out(rearrange(mixed, "b h n k -> b n (h k)")))
 
     def weights(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sightline.layers.attention import Attention
+from sightline.layers.attention import Apart, Attention
 from sightline.layers.merging import Crowd, merge
 
 ACTIVATIONS = {
@@ -24,7 +24,7 @@ ACTIVATIONS = {
 }
 """Exact GELU (timm, DeiT, …), its tanh form (the original JAX code), the sigmoid form (OpenAI CLIP), ReLU, SiLU."""
 
-Bias = Float[Tensor, "#b #h #n #n"]
+Bias = Float[Tensor, "#b #h #n #n"] | Apart
 
 
 class Mlp(nn.Module):
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         if self.merging:
             yield from (crowd.spread() for crowd in self.crowds(x, bias))
             return
-        shared = bias is None or isinstance(bias, Tensor)
+        shared = bias is None or isinstance(bias, (Tensor, Apart))
         for i, block in enumerate(self.blocks):
             own = bias if shared else bias[i]
             if self.checkpointing and self.training:
