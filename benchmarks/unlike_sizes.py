@@ -3,7 +3,8 @@
     python benchmarks/unlike_sizes.py [--models vit_tiny_patch16_224 vit_small_patch16_224] [--rounds 7]
 
 Both ways take turns in every round; what counts is the ratio of their times in the same round: more than 1, the
-sequence is faster. `training` is a step forward and back. Answers of both are compared. Prints a row for each mixture of sizes.
+sequence is faster. `training` is a step forward and back. Answers of both are compared. Prints a row for each mixture
+of sizes.
 """
 
 import argparse
