@@ -48,5 +48,5 @@ def through(predictor: Predictor, format: Format) -> Predictor:
     other = copy.copy(predictor)
     names = outputs_of(predictor.network.architecture.task).plain
     network: Any = RuntimeNetwork(predictor.network, runtime, names, predictor.preprocess.size)
-    other.network = network
+    other.network = other.computing = network
     return other
