@@ -1,5 +1,6 @@
 """Images to answers, many at a time: files are read by threads while the network computes."""
 
+import copy
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,23 +94,31 @@ class Predictor:
             return packed(self.network)
         return self.network
 
+    def altered(self, **changes: Any) -> "Predictor":
+        """The same predictor with some of `precision`, `pack`, `cores`, `batch_size` or `network` changed."""
+        other = copy.copy(self)
+        if changes.keys() - {"cores", "batch_size"}:
+            vars(other).pop("computing", None)
+        vars(other).update(changes)
+        return other
+
     @property
     def look_ahead(self) -> int:
         """The most sources that are read beyond the batch that is being answered."""
         return 2 * self.batch_size + self.threads
 
-    def predict(self, sources: Iterable[Source | Answer]) -> Iterator[Answer]:
+    def predict(self, sources: Iterable[Source | Ready | Answer]) -> Iterator[Answer]:
         """An answer for every source, in order: paths, encoded bytes, PIL images or uint8 arrays.
 
         Sources are drawn as they are needed, so that there may be millions. One that cannot be read costs its own
-        answer only; an `Answer` among the sources is passed on. Raises WorkError where the device's memory is too
-        small.
+        answer only; an `Answer` among the sources is passed on, and a `Ready` image is not read again. Raises WorkError
+        where the device's memory is too small.
         """
         return self.answers(self._prepared(sources))
 
-    def prepare(self, source: Source | Answer, path: str | None = None) -> Ready | Answer:
+    def prepare(self, source: Source | Ready | Answer, path: str | None = None) -> Ready | Answer:
         """Reads one source, which is called `path` where that is given; an `Answer` with an error where it cannot."""
-        if isinstance(source, Answer):
+        if isinstance(source, (Answer, Ready)):
             return source
         if path is None:
             path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "image"
@@ -191,7 +200,7 @@ class Predictor:
         if batch:
             yield batch
 
-    def _prepared(self, sources: Iterable[Source | Answer]) -> Iterator[Ready | Answer]:
+    def _prepared(self, sources: Iterable[Source | Ready | Answer]) -> Iterator[Ready | Answer]:
         """The sources as pixels or failures, in order; reading runs ahead of whoever asks, by `look_ahead`."""
         pool = readers(self.threads)
         try:
