@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from command import cli, model, pictures, refusal, trained  # noqa: F401
+from command import cli, refusal
 from sightline.errors import UserError, WorkError
 from sightline.evaluation.cache import Cache
 from sightline.inference import choose as choosing
@@ -20,7 +20,8 @@ from sightline.inference import packed as packing
 from sightline.inference.choose import Chosen, choose
 from sightline.inference.predictor import Answer, Predictor
 from sightline.inference.speeds import Bench, Speeds, Timing
-from test_predictor import PREPROCESS, image, network, predictor, scores
+from sightline.model import Model, load
+from test_predictor import LABELS, PREPROCESS, image, network, predictor, scores
 
 FAST = {"plain": 1.0, "packed": 0.5, "bf16": 0.25, "onnx": 0.1, "openvino": 0.2}
 
@@ -281,16 +282,23 @@ class TestCache:
         assert choose(predictor(), images(), cache=Cache(tmp_path / "taken" / "speeds", 2**20)).why
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    Model(network().eval(), PREPROCESS, LABELS).save(folder)
+    return folder
+
+
 class TestCommand:
     def test_a_folder_is_answered_the_same_whatever_computes(self, model, tmp_path, monkeypatch):
         monkeypatch.setattr(choosing, "WORTH", 0.0)
         folder = tmp_path / "in"
         folder.mkdir()
         for i in range(55):
-            Image.fromarray(image(i, (16, 16))).save(folder / f"{i}.png")
+            Image.fromarray(image(i)).save(folder / f"{i}.png")
         (folder / "7.png").write_text("no image")
-        plain = cli("predict", model, folder, "--json", "--runtime", "torch", "--top", 10)
-        chosen = cli("predict", model, folder, "--json", "--top", 10)
+        plain = cli("predict", model, folder, "--json", "--runtime", "torch", "--top", 5)
+        chosen = cli("predict", model, folder, "--json", "--top", 5)
         quiet = cli("predict", model, folder, "--json", "--precision", "fp32", "--quiet")
         assert plain.status == chosen.status == quiet.status == 1
         assert chosen.err.startswith("sightline: torch in ")
@@ -301,7 +309,18 @@ class TestCommand:
             assert ours["path"] == theirs["path"]
             assert ours.get("error") == theirs.get("error")
             told = [{row["index"]: row["score"] for row in one.get("predictions", [])} for one in (ours, theirs)]
-            assert told[1] == pytest.approx(told[0], abs=0.02)
+            assert told[1] == pytest.approx(told[0], abs=0.05)
+
+    def test_draft_is_the_contract_with_draft(self, model, tmp_path):
+        Image.fromarray(image(3, (400, 300))).save(tmp_path / "big.jpg")
+        exact, drafted = (cli("predict", model, tmp_path / "big.jpg", "--json", *more) for more in ((), ("--draft",)))
+        whole = load(model)
+        rough = replace(whole, preprocess=whole.preprocess.replace(draft=True))
+        for one, said in ((whole, exact), (rough, drafted)):
+            assert (
+                said.document["results"][0]["predictions"][0]["score"] == one.predict([tmp_path / "big.jpg"])[0].score
+            )
+        assert exact.out != drafted.out
 
     def test_a_runtime_that_there_is_not(self, model):
         assert "invalid choice: 'tpu'" in refusal("predict", model, "x.png", "--runtime", "tpu")

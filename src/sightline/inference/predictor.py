@@ -74,14 +74,12 @@ class Predictor:
         classes = getattr(network.architecture.head, "num_classes", len(labels))
         if len(labels) != classes:
             raise UserError(f"the model tells {classes} classes apart, and there are {len(labels)} labels")
-        for name, value in (("batch size", batch_size), ("number of classes to show", top), ("number of cores", cores)):
-            if value is not None and value < 1:
-                raise UserError(f"the {name} has to be at least 1, and is {value}")
         self.device = device or torch.device("cpu")
         self.network = network.to(self.device)
         self.preprocess, self.labels = preprocess, list(labels)
         self.precision, self.batch_size, self.top = precision, batch_size, top
         self.pack, self.cores = pack, cores
+        self._require_positive()
         self.threads = min(8, os.cpu_count() or 1)
 
     @cached_property
@@ -100,7 +98,15 @@ class Predictor:
         if changes.keys() - {"cores", "batch_size"}:
             vars(other).pop("computing", None)
         vars(other).update(changes)
+        other._require_positive()
         return other
+
+    def _require_positive(self) -> None:
+        names = {"batch_size": "batch size", "top": "number of classes to show", "cores": "number of threads"}
+        for name, words in names.items():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"the {words} has to be at least 1, and is {value}")
 
     @property
     def look_ahead(self) -> int:
