@@ -27,8 +27,8 @@ from sightline.inference.through import through
 
 FEW = 48
 """Images below which nothing is measured."""
-LOOK, GLANCE = 16, 4
-"""Of the user's first images, how many a way is held against where the model is new, and where it has held before."""
+LOOK, GLANCE = 16, 64
+"""Of the user's first images, how many a way is held against; where it has held before, one of so many, but two."""
 LOW = 0.01
 """By how much a logit may differ in bf16, in parts of the distance of the largest and the smallest of its image."""
 WORTH = 1.0
@@ -86,7 +86,7 @@ def choose(
     if runtime == "torch" or count < FEW or len(ways) < 2 or not given.labels:
         return Chosen(given, sources)
     bench = Bench(given, cache)
-    number = GLANCE if bench.speeds.held else LOOK
+    number = max(2, min(LOOK, count // GLANCE)) if bench.speeds.held else LOOK
     items, rest, reading = _looked_at(given, sources, number)
     sources = itertools.chain(items, rest)
     ready = [item for item in items if isinstance(item, Ready)]
