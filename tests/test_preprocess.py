@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,20 @@ def test_draft_changes_little_and_only_when_asked(tmp_path):
     difference = (exact.pixels(tmp_path / "x.jpg").float() - drafted).abs()
     assert 0 < difference.max() <= 6
     assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_a_file_is_read_once_and_its_own_size_is_known(draft, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth(1200, 1600).save(tmp_path / "x.jpg", exif=exif)
+    reads = []
+    monkeypatch.setattr(os, "open", lambda *given, open=os.open: reads.append(given[0]) or open(*given))
+    contract = Preprocess((64, 48), draft=draft)
+    pixels, place = contract.placed(tmp_path / "x.jpg")
+    assert reads == [tmp_path / "x.jpg"]
+    assert pixels.shape == (3, 64, 48)
+    assert place == contract.placement(1600, 1200)
 
 
 def test_work_on_slivers_is_bounded():

@@ -1,5 +1,7 @@
 """Where a network computes, and with how many bits."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sightline.errors import UserError, printable
@@ -49,6 +51,21 @@ def pick_precision(name: str, device: "torch.device") -> "torch.dtype":
     if name == "auto":
         name = "bf16" if device.type == "cuda" and native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Generator[None]:
+    """Lets what is computed inside take so many threads of the processor; None leaves their number as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads and threads != before:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def out_of_memory(fault: BaseException) -> bool:

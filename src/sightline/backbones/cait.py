@@ -140,7 +140,7 @@ class TalkingHeads(Attention):
         return torch.softmax(logits if bias is None else logits + bias, dim=-1)
 
 
-def _across(mixing: nn.Linear, maps: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
+def _across(mixing: nn.Module, maps: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
     """A dense layer over the axis of the heads."""
     return rearrange(mixing(rearrange(maps, "b h n m -> b n m h")), "b n m h -> b h n m")
 

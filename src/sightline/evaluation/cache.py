@@ -20,10 +20,10 @@ Kept = tuple[dict[str, Tensor], str]
 """Tensors by name, and a text beside them."""
 
 
-def folder() -> Path:
-    """Where features are kept: `sightline/features` in XDG_CACHE_HOME, or else in ~/.cache."""
+def folder(kind: str = "features") -> Path:
+    """Where results of a kind are kept: `sightline/features` in XDG_CACHE_HOME, or else in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "sightline" / "features"
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "sightline" / kind
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Cache:
         """What is kept under a key, and unharmed."""
         path = self._path(key)
         try:
+            if not path.is_file():  # opening a pipe would wait for whoever writes
+                return None
             with safe_open(path, "pt") as file:
                 told = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)

@@ -48,6 +48,15 @@ def embedded(
     return torch.cat([part.float().cpu() for _, part in parts]), most
 
 
+def weights_digest(network: Network) -> str:
+    """SHA-256 of a network's architecture and of every one of its weights."""
+    digest = hashlib.sha256(json.dumps(network.architecture.to_json()).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class Embedding:
     """A network with its pixel contract, as a function from an image set to its features.
@@ -112,11 +121,7 @@ class Embedding:
 
     @cached_property
     def _weights(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.network.architecture.to_json()).encode())
-        for name, tensor in self.network.state_dict().items():
-            digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return weights_digest(self.network)
 
 
 def _content(samples: Samples, i: int, name: str) -> bytes:

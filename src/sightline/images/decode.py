@@ -100,6 +100,13 @@ def decode(
     JPEG may then be decoded at a half, a quarter or an eighth, while both of its sides stay at least twice as long.
     `limits` default to those of the environment. Raises ImageError (a UserError) for whatever cannot be read.
     """
+    return decode_sized(source, limits=limits, target=target)[0]
+
+
+def decode_sized(
+    source: Source, *, limits: Limits | None = None, target: tuple[int, int] | None = None
+) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
+    """What `decode` gives, and the (height, width) that it has where nothing is decoded at a fraction of its size."""
     try:
         return _decode(source, limits or Limits(), target)
     except Refusal as refusal:
@@ -178,13 +185,15 @@ def _image_size(source: Source, limits: Limits) -> tuple[int, int]:
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> UInt8[np.ndarray, "h w 3"]:
+def _decode(
+    source: Source, limits: Limits, target: tuple[int, int] | None
+) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
     if isinstance(source, np.ndarray):
-        return _from_array(source, limits)
+        return _whole(_from_array(source, limits))
     if isinstance(source, Image.Image):
         limits.check(source.height, source.width)
         with _damage():  # an image that PIL has opened may not have been read yet
-            return _upright(source)
+            return _whole(_upright(source))
     data = _data(source, limits)
     _format(data)
     check_structure(data)
@@ -192,9 +201,15 @@ def _decode(source: Source, limits: Limits, target: tuple[int, int] | None) -> U
         image = _open(data, limits)
         limits.check(image.height, image.width)
         _check_tiles(image)
-        if target is not None:
-            _draft(image, target)
-        return _upright(image)
+        if target is None or image.format != "JPEG":
+            return _whole(_upright(image))
+        size = (image.width, image.height) if _orientation(image) in _SIDEWAYS else (image.height, image.width)
+        _draft(image, target)
+        return _upright(image), size
+
+
+def _whole(image: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
+    return image, (image.shape[0], image.shape[1])
 
 
 def _data(source: Source, limits: Limits) -> bytes:
@@ -291,8 +306,7 @@ def _draft(image: Image.Image, target: tuple[int, int]) -> None:
     height, width = target
     if _orientation(image) in _SIDEWAYS:
         height, width = width, height
-    if image.format == "JPEG":
-        image.draft(None, (2 * width, 2 * height))
+    image.draft(None, (2 * width, 2 * height))
 
 
 # The pixels as they are stored, seen in those of the upright image.

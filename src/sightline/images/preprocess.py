@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from sightline.errors import UserError, printable, suggest
-from sightline.images.decode import Limits, Source, decode, image_size
+from sightline.images.decode import Limits, Source, decode, decode_sized
 from sightline.types import Placement
 
 Resize = Literal["squash", "crop", "pad", "native"]
@@ -105,8 +105,7 @@ class Preprocess:
 
     def placed(self, source: Source, *, limits: Limits | None = None) -> tuple[Float[Tensor, "3 h w"], Placement]:
         """The same pixels, and where the upright image lies in them. Raises UserError where it cannot be read."""
-        image = decode(source, limits=limits, target=self._smallest() if self.draft else None)
-        size = image_size(source, limits=limits) if self.draft else (image.shape[0], image.shape[1])
+        image, size = decode_sized(source, limits=limits, target=self._smallest() if self.draft else None)
         return self.normalise(self.fit(image)), self.placement(*size)
 
     def pixels(self, source: Source, *, limits: Limits | None = None) -> UInt8[Tensor, "3 h w"]:

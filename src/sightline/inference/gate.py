@@ -2,9 +2,8 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from sightline.errors import UserError, WorkError, printable
 from sightline.images.decode import decode
-from sightline.inference.outputs import Arrays, Outputs
-from sightline.inference.predictor import Answer, Predictor
+from sightline.inference.outputs import Arrays, Outputs, outputs_of
+from sightline.inference.predictor import Answer, Predictor, Ready
 from sightline.inference.runtimes import Runtime
-from sightline.types import each
+from sightline.types import Placement, each
 
 TOLERANCE = 1e-4
 """By how much a logit may differ in fp32; a box, in parts of the picture's longer side."""
@@ -106,31 +105,76 @@ def judge(
 
     Raises WorkError that names the first picture whose answer is another one, UserError for one that cannot be read.
     """
-    count, equal, decided, ties, largest, worst = 0, 0, 0, 0, 0.0, ""
-    for path, size, expected, found, margins in _both(runtime, predictor, outputs, pictures, prepared):
-        difference, what = _difference(expected, found, outputs, max(size))
-        if count == 0 or difference > largest:
-            largest, worst = difference, path.name
-        if not difference <= tolerance:
-            raise WorkError(
-                f"the exported program is not the model: on {printable(path.name)} its {what} differ by "
-                f"{difference:.2g} from those of predict, and at most {tolerance:g} is allowed; nothing was written"
+    tally = Tally(outputs, tolerance)
+    for path, place, expected, found in _both(runtime, predictor, outputs, pictures, prepared):
+        if amiss := tally.add(path.name, place, expected, found):
+            raise WorkError(f"the exported program is not the model: {amiss}; nothing was written")
+    return tally.agreement
+
+
+def agree(ours: Predictor, other: Predictor, images: Sequence[Ready], tolerance: float, *, relative: bool) -> Agreement:
+    """How far another way to compute the same model agrees with `ours` on images of one size, in batches as they come.
+
+    A logit may differ by `tolerance`, which is `relative` to the distance of the largest and the smallest of its image
+    or a plain number. Raises WorkError that names the first image that differs by more.
+    """
+    outputs = outputs_of(ours.network.architecture.task)
+    tally = Tally(outputs, tolerance, relative)
+    for start in range(0, len(images), ours.batch_size):
+        batch = images[start : start + ours.batch_size]
+        both = [predictor.compute(batch, features=False) for predictor in (ours, other)]
+        for i, image in enumerate(batch):
+            alone = (each(output, lambda values, i=i: values[i : i + 1]) for output in both)
+            expected, found = (_named(outputs.names, outputs.expected(output, image.place)) for output in alone)
+            if amiss := tally.add(image.path, image.place, expected, found):
+                raise WorkError(amiss)
+    return tally.agreement
+
+
+class Tally:
+    """Counts how far pairs of answers of one task agree, and says what is amiss with the first that do not."""
+
+    def __init__(self, outputs: Outputs, tolerance: float, relative: bool = False):
+        self.outputs, self.tolerance, self.relative = outputs, tolerance, relative
+        self.agreement = Agreement(0, 1.0, 0.0, "")
+        self._equal, self._decided = 0, 0
+
+    def add(self, name: str, place: Placement, expected: Arrays, found: Arrays) -> str | None:
+        """Takes the two answers for one picture; words for what is amiss, None where nothing is."""
+        units = {key: max(place.size) if key in self.outputs.per_pixel else 1.0 for key in expected}
+        if self.relative:
+            units["logits"] = float(np.ptp(expected["logits"])) or 1.0
+        difference, what = _difference(expected, found, units)
+        before = self.agreement
+        if not difference <= self.tolerance:
+            allowed = f"{self.tolerance:g} is allowed" + (" of their range" if self.relative else "")
+            return (
+                f"on {printable(name)} its {what} differ by {difference:.2g} from those of predict, "
+                f"and at most {allowed}"
             )
-        unequal = np.asarray(outputs.chosen(expected) != outputs.chosen(found))
-        if unequal.any() and margins(unequal).max() > 2 * tolerance:
-            raise WorkError(
-                f"the exported program is not the model: on {printable(path.name)} it chooses otherwise than predict "
-                f"in {int(unequal.sum())} of {unequal.size} places; nothing was written"
+        unequal = np.asarray(self.outputs.chosen(expected) != self.outputs.chosen(found))
+        near = 2 * self.tolerance * (units["logits"] if self.relative else 1.0)
+        if unequal.any() and self.outputs.margins(expected, place, unequal).max() > near:
+            return (
+                f"on {printable(name)} it chooses otherwise than predict in {int(unequal.sum())} of "
+                f"{unequal.size} places"
             )
-        count, ties = count + 1, ties + int(unequal.sum())
-        equal, decided = equal + int((~unequal).sum()), decided + unequal.size
-    return Agreement(count, equal / max(decided, 1), largest, worst, ties)
+        self._equal, self._decided = self._equal + int((~unequal).sum()), self._decided + unequal.size
+        worse = before.pictures == 0 or difference > before.difference
+        self.agreement = Agreement(
+            before.pictures + 1,
+            self._equal / self._decided,
+            difference if worse else before.difference,
+            name if worse else before.worst,
+            before.ties + int(unequal.sum()),
+        )
+        return None
 
 
 def _both(
     runtime: Runtime, predictor: Predictor, outputs: Outputs, pictures: Iterable[Path], prepared: bool
-) -> Iterator[tuple[Path, tuple[int, int], Arrays, Arrays, Callable[[np.ndarray], np.ndarray]]]:
-    """Of each picture its size, both answers, and how clear a choice is where that is asked."""
+) -> Iterator[tuple[Path, Placement, Arrays, Arrays]]:
+    """Of each picture where it lies in the network's input, and both answers."""
     for path in pictures:
         ready = predictor.prepare(path)
         if isinstance(ready, Answer):
@@ -143,23 +187,22 @@ def _both(
             found = _named(outputs.names, outputs.expected(each(output, lambda _, rows=rows: next(rows)), place))
         else:
             found = runtime.run(decode(path))
-        yield path, place.size, expected, found, partial(outputs.margins, expected, place)
+        yield path, place, expected, found
 
 
 def _named(names: tuple[str, ...], values: tuple[Tensor, ...]) -> Arrays:
     return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
 
-def _difference(expected: Arrays, found: Arrays, outputs: Outputs, side: int) -> tuple[float, str]:
-    """The largest difference of numbers, and whose it is; infinite for arrays of another shape or kind."""
+def _difference(expected: Arrays, found: Arrays, units: Mapping[str, float]) -> tuple[float, str]:
+    """The largest difference of numbers in their units, and whose it is; infinite for another shape or kind."""
     differences = {}
     for name, ours in expected.items():
         theirs = found[name]
         if ours.shape != theirs.shape or ours.dtype.kind != theirs.dtype.kind:
             return math.inf, name
         if ours.dtype.kind == "f":
-            unit = side if name in outputs.per_pixel else 1
-            differences[name] = float(np.abs(ours - theirs).max(initial=0)) / unit
+            differences[name] = float(np.abs(ours - theirs).max(initial=0)) / units[name]
             if not math.isfinite(differences[name]):
                 return math.inf, name
     name = max(differences, key=lambda key: differences[key])

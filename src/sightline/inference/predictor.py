@@ -1,19 +1,23 @@
 """Images to answers, many at a time: files are read by threads while the network computes."""
 
+import copy
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sightline.device import computing_with
 from sightline.errors import UserError, WorkError, printable
 from sightline.images.decode import ImageError, Source
 from sightline.images.preprocess import Preprocess
+from sightline.inference.packed import computes_bf16, packed, packs
+from sightline.inference.reading import readers
 from sightline.types import Placement, Reply, each, finite
 
 
@@ -43,7 +47,12 @@ class Predictor:
 
     The network is moved to `device`. `precision` is that of its matrix products (`sightline.device` chooses both);
     scores are computed in float32. `batch_size` is the most images at a time, `top` the number of classes in an
-    answer. Raises UserError where the labels do not fit the network.
+    answer, `cores` the number of threads that the network computes with (None: as many as torch takes). Raises
+    UserError where the labels do not fit the network.
+
+    On a processor that multiplies bf16 itself, a copy of the network with its weights in bf16 computes; in fp32 it is,
+    with `pack`, a copy whose weights are packed for the processor (`inference.packed`): faster, with more memory.
+    Whatever is done to the weights afterwards does not count then.
 
     In fp32 the other images of a batch change a score by less than 1e-6; in bf16 and fp16 the kernels that a device
     chooses for a batch size show in the third digit.
@@ -59,36 +68,63 @@ class Predictor:
         precision: torch.dtype = torch.float32,
         batch_size: int = 32,
         top: int = 5,
+        pack: bool = False,
+        cores: int | None = None,
     ):
         classes = getattr(network.architecture.head, "num_classes", len(labels))
         if len(labels) != classes:
             raise UserError(f"the model tells {classes} classes apart, and there are {len(labels)} labels")
-        for name, value in (("batch size", batch_size), ("number of classes to show", top)):
-            if value < 1:
-                raise UserError(f"the {name} has to be at least 1, and is {value}")
         self.device = device or torch.device("cpu")
         self.network = network.to(self.device)
         self.preprocess, self.labels = preprocess, list(labels)
         self.precision, self.batch_size, self.top = precision, batch_size, top
+        self.pack, self.cores = pack, cores
+        self._require_positive()
         self.threads = min(8, os.cpu_count() or 1)
+
+    @cached_property
+    def computing(self) -> Any:
+        """The network as it is computed: itself, or a copy that is made for this processor."""
+        on_processor = self.device.type == "cpu"
+        if on_processor and self.precision == torch.bfloat16 and computes_bf16():
+            return packed(self.network, torch.bfloat16)
+        if on_processor and self.precision == torch.float32 and self.pack and packs(torch.float32):
+            return packed(self.network)
+        return self.network
+
+    def altered(self, **changes: Any) -> "Predictor":
+        """The same predictor with some of `precision`, `pack`, `cores`, `batch_size` or `network` changed."""
+        other = copy.copy(self)
+        if changes.keys() - {"cores", "batch_size"}:
+            vars(other).pop("computing", None)
+        vars(other).update(changes)
+        other._require_positive()
+        return other
+
+    def _require_positive(self) -> None:
+        names = {"batch_size": "batch size", "top": "number of classes to show", "cores": "number of threads"}
+        for name, words in names.items():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"the {words} has to be at least 1, and is {value}")
 
     @property
     def look_ahead(self) -> int:
         """The most sources that are read beyond the batch that is being answered."""
         return 2 * self.batch_size + self.threads
 
-    def predict(self, sources: Iterable[Source | Answer]) -> Iterator[Answer]:
+    def predict(self, sources: Iterable[Source | Ready | Answer]) -> Iterator[Answer]:
         """An answer for every source, in order: paths, encoded bytes, PIL images or uint8 arrays.
 
         Sources are drawn as they are needed, so that there may be millions. One that cannot be read costs its own
-        answer only; an `Answer` among the sources is passed on. Raises WorkError where the device's memory is too
-        small.
+        answer only; an `Answer` among the sources is passed on, and a `Ready` image is not read again. Raises WorkError
+        where the device's memory is too small.
         """
         return self.answers(self._prepared(sources))
 
-    def prepare(self, source: Source | Answer, path: str | None = None) -> Ready | Answer:
+    def prepare(self, source: Source | Ready | Answer, path: str | None = None) -> Ready | Answer:
         """Reads one source, which is called `path` where that is given; an `Answer` with an error where it cannot."""
-        if isinstance(source, Answer):
+        if isinstance(source, (Answer, Ready)):
             return source
         if path is None:
             path = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "image"
@@ -140,13 +176,15 @@ class Predictor:
         Raises WorkError where the device has too little memory.
         """
         pixels = torch.stack([image.pixels for image in images]).to(self.device)
-        self.network.eval()
+        network = self.computing.eval()
+        halved = self.precision != torch.float32 and network is self.network
         try:
             with (
+                computing_with(self.cores),
                 torch.inference_mode(),
-                torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
+                torch.autocast(self.device.type, self.precision, enabled=halved),
             ):
-                output = self.network.embed(pixels) if features else self.network(pixels)
+                output = network.embed(pixels) if features else network(pixels)
             return each(output, lambda values: values.float().cpu())
         except torch.OutOfMemoryError as error:
             raise WorkError(
@@ -168,9 +206,9 @@ class Predictor:
         if batch:
             yield batch
 
-    def _prepared(self, sources: Iterable[Source | Answer]) -> Iterator[Ready | Answer]:
+    def _prepared(self, sources: Iterable[Source | Ready | Answer]) -> Iterator[Ready | Answer]:
         """The sources as pixels or failures, in order; reading runs ahead of whoever asks, by `look_ahead`."""
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sightline-read")
+        pool = readers(self.threads)
         try:
             running = deque()
             for source in sources:

@@ -1,6 +1,5 @@
 """A predictor whose network another runtime computes."""
 
-import copy
 import tempfile
 from typing import Any
 
@@ -45,8 +44,6 @@ def through(predictor: Predictor, format: Format) -> Predictor:
     with tempfile.TemporaryDirectory(prefix="sightline-runtime-") as room:
         done = export(predictor, room, format=format, input="pixels")
         runtime = RUNTIMES[format](done.files[0], done.outputs)
-    other = copy.copy(predictor)
     names = outputs_of(predictor.network.architecture.task).plain
     network: Any = RuntimeNetwork(predictor.network, runtime, names, predictor.preprocess.size)
-    other.network = network
-    return other
+    return predictor.altered(network=network, pack=False)

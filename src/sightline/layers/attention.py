@@ -1,6 +1,6 @@
 """The one attention of every model here: fused when it computes, explicit when it is looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+LARGEST_MAP = 2**20
+"""Numbers of one attention map up to which it may be written out: beyond 1024 tokens the fused kernel is no slower."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,9 @@ class Apart:
 
     lengths: Sequence[int]
 
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor, drop: float) -> Float[Tensor, "b h n k"]:
-        """The mixture of each image by itself."""
-        parts = zip(*(x.split(list(self.lengths), dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part, dropout_p=drop) for part in parts], dim=2)
+    def parts(self, *whole: Float[Tensor, "b h n k"]) -> Iterator[tuple[Tensor, ...]]:
+        """Of queries, keys and values those of each image."""
+        return zip(*(x.split(list(self.lengths), dim=2) for x in whole), strict=True)
 
 
 class Attention(nn.Module):
@@ -36,7 +38,11 @@ class Attention(nn.Module):
     and changes no map). Windows are put into the batch axis by the caller; masks and relative positions go into
     `bias`, which is added to the logits (minus infinity hides a key). `Apart` in its place keeps images apart that
     share a sequence.
+
+    `fused` may be set to False where the processor is faster with the map written out: the same sums, in another order.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -99,13 +105,16 @@ class Attention(nn.Module):
         return self._mixed(q, k, v, bias), k.mean(dim=1)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Apart | None) -> Float[Tensor, "b n d"]:
-        drop = self.drop if self.training else 0.0
         if isinstance(bias, Apart):
-            mixed = bias.mixed(q, k, v, drop)
+            mixed = torch.cat([self._of_values(*part, None) for part in bias.parts(q, k, v)], dim=2)
         else:
-            bias = None if bias is None else bias.to(q.dtype)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
+            mixed = self._of_values(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.out_drop(self.out(rearrange(mixed, "b h n k -> b n (h k)")))
+
+    def _of_values(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Float[Tensor, "b h n k"]:
+        if not (self.fused or self.training) and q.shape[-2] * k.shape[-2] <= LARGEST_MAP:
+            return self._map(q, k, bias) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.drop if self.training else 0.0)
 
     def weights(
         self,
@@ -117,6 +126,9 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b h n m"]:
         """The attention map that `forward` applies for the same arguments, without dropout; every row sums to 1."""
         q, k, _ = self.project(query, key, value)
+        return self._map(q, k, bias)
+
+    def _map(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "b h n m"]:
         logits = q @ rearrange(k, "b h m k -> b h k m") * q.shape[-1] ** -0.5
         return torch.softmax(logits if bias is None else logits + bias, dim=-1)
 

@@ -8,7 +8,7 @@ import torch
 
 from sightline.checkpoints.load import load_bundle
 from sightline.datasets.image_set import ImageSet
-from sightline.device import pick_precision
+from sightline.device import computing_with, pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
 from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch
@@ -122,9 +122,7 @@ def sharing(recipe: Recipe, network: Network, images: int, world: World) -> Reci
 def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> tuple[float, int]:
     """Seconds of an update and bytes for an image, as the first process finds them."""
     precision = pick_precision(recipe.settings.precision, world.device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.settings.threads or before)
-    try:
+    with computing_with(recipe.settings.threads):
         settings = recipe.told({"compile": False}, {}).settings
         found = measure(
             network,
@@ -134,8 +132,6 @@ def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> tup
             teach=lambda copy: task.objective(copy, settings),
             targets=task.noise,
         )
-    finally:
-        torch.set_num_threads(before)
     return world.agree((found.seconds / world.size, found.memory))
 
 

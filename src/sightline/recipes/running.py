@@ -1,19 +1,18 @@
 """What all runs have in common, whatever they learn: how they are entered, fed, recorded and gone on with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sightline.datasets.loader import TrainLoader
 from sightline.datasets.order import steps_per_epoch
 from sightline.datasets.split import Splits
-from sightline.device import pick_precision
+from sightline.device import computing_with, pick_precision
 from sightline.errors import UserError, WorkError
 from sightline.objectives.objective import Objective
 from sightline.recipes.recipe import Recipe
@@ -143,18 +142,7 @@ def hold(held: ExitStack, folder: RunFolder, world: World, recipe: Recipe, *, re
         held.enter_context(locked(folder.path))
         if not resume:
             folder.require_fresh()  # somebody may have been quicker
-    held.enter_context(_threads(recipe.settings.threads or torch.get_num_threads()))
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    """Computes with so many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    held.enter_context(computing_with(recipe.settings.threads))
 
 
 def require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder) -> None:
