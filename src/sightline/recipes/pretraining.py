@@ -31,7 +31,7 @@ class Scale:
 
 _MEAN = {"tokenizer": "patch", "global_pool": "avg", "final_norm": True}
 _CALM = {"optimizer": "adamw", "batch_size": 64, "weight_decay": 0.05, "warmup": 0.1, "clip_grad": 1.0}
-_MUON = {"optimizer": "muon", "lr": 2e-3, "beta2": 0.99}
+_MUON = {"optimizer": "muon", "lr": 2e-3, "beta2": 0.99, "batch_size": 32}
 _GENTLE = {"crop": "resized", "crop_scale": (0.5, 1.0)}
 
 SMALL: Mapping[str, Scale] = {
@@ -50,7 +50,7 @@ SMALL: Mapping[str, Scale] = {
         network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.3, "summary": 1.0}
     ),
     "codebook": Scale(
-        views=40_000,
+        views=20_000,
         model="dvae_small_4_32",
         augment=_GENTLE,
         settings={**_CALM, "lr": 3e-3, "weight_decay": 0.0, "ema": None},
@@ -61,7 +61,7 @@ SMALL: Mapping[str, Scale] = {
         views=60_000,
         network={"global_pool": "avg"},
         augment={"brightness": 0.4, "contrast": 0.4, "grey": 0.2},
-        settings={**_CALM, **_MUON, "clip_grad": 3.0, "clip_each": True, "min_lr": 0.01},
+        settings={**_CALM, **_MUON, "batch_size": 64, "clip_grad": 3.0, "clip_each": True, "min_lr": 0.01},
         options={
             "prototypes": 256,
             "hidden_dim": 256,
@@ -72,7 +72,7 @@ SMALL: Mapping[str, Scale] = {
             "momentum": 0.99,
             "centring": "sinkhorn",
             "koleo": 0.1,
-            "global_scale": (0.5, 1.0),
+            "global_scale": (0.7, 1.0),
             "local_crops": 0,
             "colour": 0.0,
         },
