@@ -39,10 +39,10 @@ def blank_codebook(folder: Path) -> Path:
 def planted(home: Path) -> dict[str, tuple[set[str], int, dict[str, Any]]]:
     """Names of runs: what has to be named (one of these), within how many steps, and how the run is made."""
     return {
-        "dino, no centring": (COLLAPSE, 200, {"objective": "dino", "options": {"centring": "none"}}),
+        "dino, no centring": (COLLAPSE, 200, {"objective": "dino", "options": {"centring": "none", "koleo": 0.0}}),
         "dino, rate × 100": (COLLAPSE | FAULTY, 200, {"objective": "dino", "lr": 0.2}),
-        "mae, rate × 100": (COLLAPSE | FAULTY, 200, {"objective": "mae", "lr": 0.3}),
-        "masked-patch, rate × 100": (COLLAPSE | FAULTY, 200, {"objective": "masked-patch", "lr": 0.3}),
+        "mae, rate × 100": (COLLAPSE | FAULTY, 200, {"objective": "mae", "lr": 0.2}),
+        "masked-patch, rate × 100": (COLLAPSE | FAULTY, 200, {"objective": "masked-patch", "lr": 0.2}),
         "beit, codebook of one": (
             {"codebook-collapse"},
             100,

@@ -56,7 +56,7 @@ class ClassifyHead(nn.Module):
         super().__init__()
         self.config = config
         pooled = 2 * width if config.global_pool == "both" else width
-        features = config.pre_logits or pooled
+        features = self.width = config.pre_logits or pooled
         self.norm = nn.LayerNorm(pooled, eps=config.norm_eps) if config.fc_norm else nn.Identity()
         self.pre_logits = nn.Linear(pooled, features) if config.pre_logits else None
         self.drop = nn.Dropout(config.drop_rate)

@@ -20,6 +20,7 @@ from sightline.objectives.codebook import MEAN, STD, usage
 from sightline.objectives.masked_patch import bound, plain
 from sightline.objectives.masking import headless, hidden_tokens, mask_token, require_one_token_each
 from sightline.objectives.objective import Objective
+from sightline.objectives.summary import Summary, joined
 from sightline.schema import require
 from sightline.types import Batch, Step
 
@@ -34,9 +35,11 @@ class BEiTConfig:
 
     codebook: str = ""
     mask_ratio: float = 75 / 196
+    summary: float = 0.0
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {self.mask_ratio}")
+        require(self.summary >= 0, f"summary must not be negative, and is {self.summary}")
 
 
 class Words(nn.Module):
@@ -83,6 +86,8 @@ class BEiT(Objective):
         self.word = nn.Linear(network.backbone.width, words.vocabulary)
         nn.init.trunc_normal_(self.word.weight, std=0.02)
         nn.init.zeros_(self.word.bias)
+        cells = self.grid[0] * self.grid[1]
+        self.summary = Summary(network.head.width, cells, words.vocabulary) if config.summary else None
 
     def train(self, mode: bool = True) -> "BEiT":
         """Training leaves the codebook as it is."""
@@ -107,7 +112,12 @@ class BEiT(Objective):
             shares = torch.bincount(wanted, minlength=self.words.vocabulary).double() / max(len(wanted), 1)
             right = (logits.argmax(dim=1) == wanted).float().mean()
         baseline = torch.special.entr(shares).sum()
-        return Step(loss, {"accuracy": right, "baseline": baseline} | usage(words, self.words.vocabulary))
+        figures = {"accuracy": right, "baseline": baseline} | usage(words, self.words.vocabulary)
+        if self.summary is not None:
+            told = self.summary(self.network.head.features(tokens)).float()
+            apart = F.cross_entropy(told.flatten(0, 1), words.flatten())
+            loss = joined(loss, apart, self.config.summary, figures)
+        return Step(loss, figures)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from sightline.layers.positions import FixedPositions
 from sightline.network import Network
 from sightline.objectives.masking import at, cut, headless, mask_token, require_patches
 from sightline.objectives.objective import Objective
+from sightline.objectives.summary import Summary, joined
 from sightline.schema import require
-from sightline.types import Batch, Step
+from sightline.types import Batch, Step, Tokens
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class MAEConfig:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    summary: float = 0.0
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {self.mask_ratio}")
+        require(self.summary >= 0, f"summary must not be negative, and is {self.summary}")
         for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for divisor in (4, self.decoder_heads):
@@ -98,6 +101,7 @@ class MAE(Objective):
         require(self.seen > 0, f"a mask_ratio of {config.mask_ratio} leaves none of {cells} patches to be seen")
         values = shape.in_chans * self.patch[0] * self.patch[1]
         self.decoder = Decoder(shape.embed_dim, self.grid, shape.prefix, values, config)
+        self.summary = Summary(network.head.width, cells, values) if config.summary else None
 
     def forward(self, batch: Batch) -> Step:
         drawn = noise(batch.key, self.grid[0] * self.grid[1]).to(batch.pixels.device)
@@ -111,12 +115,18 @@ class MAE(Objective):
         `baseline` among the figures is the loss of answering every hidden patch with what seen ones are on average.
         """
         places = drawn.argsort(dim=1)
-        answer = self.decoder(self.encode(pixels, places[:, : self.seen]), places.argsort(dim=1))
+        latent = self.encode(pixels, places[:, : self.seen])
+        answer = self.decoder(latent, places.argsort(dim=1))
         target, hidden = self.target(pixels), places[:, self.seen :]
         wanted = at(target, hidden)
         loss = (at(answer.float(), hidden) - wanted).square().mean()
         usual = at(target, places[:, : self.seen]).mean(dim=(0, 1))
-        return Step(loss, {"baseline": (wanted - usual).square().mean()}), answer
+        figures = {"baseline": (wanted - usual).square().mean()}
+        if self.summary is not None:
+            seen = Tokens(latent, (1, self.seen), latent.shape[1] - self.seen)
+            apart = (self.summary(self.network.head.features(seen)).float() - target).square().mean()
+            loss = joined(loss, apart, self.config.summary, figures)
+        return Step(loss, figures), answer
 
     def encode(self, pixels: Float[Tensor, "b c h w"], seen: Int[Tensor, "b kept"]) -> Float[Tensor, "b k d"]:
         """The encoder's tokens of the patches `seen` alone, prefix tokens first."""

@@ -18,6 +18,7 @@ from sightline.images.preprocess import Preprocess
 from sightline.network import Network
 from sightline.objectives.masking import at, cut, headless, mask_token, replaced, require_one_token_each
 from sightline.objectives.objective import Objective
+from sightline.objectives.summary import Summary, joined
 from sightline.schema import require
 from sightline.types import Batch, Step
 
@@ -36,9 +37,11 @@ class MaskedPatchConfig:
     mask_ratio: float = 0.5
     hidden: float = 0.8
     exchanged: float = 0.1
+    summary: float = 0.0
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {self.mask_ratio}")
+        require(self.summary >= 0, f"summary must not be negative, and is {self.summary}")
         whole = min(self.hidden, self.exchanged) >= 0 and self.hidden + self.exchanged <= 1
         require(whole, f"hidden ({self.hidden}) and exchanged ({self.exchanged}) are shares that sum to 1 at most")
 
@@ -70,6 +73,8 @@ class MaskedPatch(Objective):
         self.colour = nn.Linear(network.backbone.width, LEVELS**shape.in_chans)
         nn.init.xavier_uniform_(self.colour.weight)
         nn.init.zeros_(self.colour.bias)
+        colours = self.colour.out_features
+        self.summary = Summary(network.head.width, cells, colours) if config.summary else None
 
     def views(self, augment: Augment, preprocess: Preprocess) -> Callable[..., Any]:
         patch = self.network.architecture.backbone.patch_size
@@ -90,7 +95,12 @@ class MaskedPatch(Objective):
                 "accuracy": (logits.argmax(dim=1) == wanted).float().mean(),
                 "baseline": torch.special.entr(usual).sum(),
             }
-        return Step(F.cross_entropy(logits, wanted), figures)
+        loss = F.cross_entropy(logits, wanted)
+        if self.summary is not None:
+            told = self.summary(self.network.head.features(tokens)).float()
+            apart = F.cross_entropy(told.flatten(0, 1), batch.views[0].flatten())
+            loss = joined(loss, apart, self.config.summary, figures)
+        return Step(loss, figures)
 
     def corrupted(
         self,

@@ -11,6 +11,7 @@ from sightline.images.masks import noise
 from sightline.network import Network
 from sightline.objectives.masking import cut, headless, hidden_tokens, mask_token, require_patches
 from sightline.objectives.objective import Objective
+from sightline.objectives.summary import Summary, joined
 from sightline.schema import require
 from sightline.types import Batch, Step
 
@@ -20,9 +21,11 @@ class SimMIMConfig:
     """The settings of `SimMIM`: `mask_ratio` of the areas are hidden. Raises UserError for a value out of range."""
 
     mask_ratio: float = 0.6
+    summary: float = 0.0
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, not {self.mask_ratio}")
+        require(self.summary >= 0, f"summary must not be negative, and is {self.summary}")
 
 
 class SimMIM(Objective):
@@ -59,7 +62,9 @@ class SimMIM(Objective):
             self.hidden > 0, f"a mask_ratio of {config.mask_ratio} hides none of {self.grid[0] * self.grid[1]} areas"
         )
         self.mask_token = mask_token(shape.embed_dim)
-        self.pixels = nn.Linear(network.backbone.width, self.area[0] * self.area[1] * shape.in_chans)
+        values = self.area[0] * self.area[1] * shape.in_chans
+        self.pixels = nn.Linear(network.backbone.width, values)
+        self.summary = Summary(network.head.width, self.grid[0] * self.grid[1], values) if config.summary else None
 
     def forward(self, batch: Batch) -> Step:
         places = noise(batch.key, self.grid[0] * self.grid[1]).argsort(dim=1).to(batch.pixels.device)
@@ -71,7 +76,12 @@ class SimMIM(Objective):
         usual = wanted[~areas].mean(dim=0) if bool((~areas).any()) else wanted[areas].mean(dim=0)
         painted = self.pixels(tokens.patches[areas]).float()
         baseline = (wanted[areas] - usual).abs().mean()
-        return Step((painted - wanted[areas]).abs().mean(), {"baseline": baseline})
+        loss, figures = (painted - wanted[areas]).abs().mean(), {"baseline": baseline}
+        if self.summary is not None:
+            told = self.summary(self.network.head.features(tokens)).float()
+            apart = (told - wanted).abs().mean()
+            loss = joined(loss, apart, self.config.summary, figures)
+        return Step(loss, figures)
 
 
 OBJECTIVES = {"simmim": SimMIM}

@@ -30,9 +30,8 @@ class Scale:
 
 
 _MEAN = {"tokenizer": "patch", "global_pool": "avg", "final_norm": True}
-_TOKEN = {"tokenizer": "patch", "global_pool": "token"}
-_JITTER = {"brightness": 0.4, "contrast": 0.4}
 _CALM = {"optimizer": "adamw", "batch_size": 64, "weight_decay": 0.05, "warmup": 0.1, "clip_grad": 1.0}
+_MUON = {"optimizer": "muon", "lr": 2e-3, "beta2": 0.99, "batch_size": 32}
 _GENTLE = {"crop": "resized", "crop_scale": (0.5, 1.0)}
 
 SMALL: Mapping[str, Scale] = {
@@ -40,33 +39,42 @@ SMALL: Mapping[str, Scale] = {
         views=200_000,
         network=_MEAN,
         augment=_GENTLE,
-        settings={**_CALM, "lr": 3e-3, "beta2": 0.95},
-        options={"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
+        settings={**_CALM, **_MUON},
+        options={"mask_ratio": 0.5, "norm_pix": False, "summary": 1.0}
+        | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
     ),
-    "masked-patch": Scale(network=_MEAN, augment=_GENTLE, settings={**_CALM, "lr": 3e-3}),
-    "simmim": Scale(network=_MEAN, augment=_GENTLE, settings={**_CALM, "lr": 3e-3}),
+    "masked-patch": Scale(
+        network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.3, "summary": 1.0}
+    ),
+    "simmim": Scale(
+        network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.3, "summary": 1.0}
+    ),
     "codebook": Scale(
-        views=40_000,
+        views=20_000,
         model="dvae_small_4_32",
         augment=_GENTLE,
         settings={**_CALM, "lr": 3e-3, "weight_decay": 0.0, "ema": None},
         options={"kl_weight": 0.0, "decoder_dim": 32},
     ),
-    "beit": Scale(network=_MEAN, augment=_GENTLE, settings={**_CALM, "lr": 3e-3}),
+    "beit": Scale(network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"summary": 1.0}),
     "dino": Scale(
         views=60_000,
-        network=_TOKEN,
-        settings={**_CALM, "lr": 2e-3, "weight_decay": 0.04, "weight_decay_end": 0.4, "clip_grad": 3.0}
-        | {"clip_each": True, "min_lr": 1e-3},
+        network={"global_pool": "avg"},
+        augment={"brightness": 0.4, "contrast": 0.4, "grey": 0.2},
+        settings={**_CALM, **_MUON, "batch_size": 64, "clip_grad": 3.0, "clip_each": True, "min_lr": 0.01},
         options={
             "prototypes": 256,
             "hidden_dim": 256,
             "bottleneck_dim": 64,
-            "local_crops": 4,
-            "global_scale": (0.5, 1.0),
-            "local_scale": (0.2, 0.5),
+            "student_temperature": 0.05,
+            "warm_teacher_temperature": 0.02,
+            "teacher_temperature": 0.02,
             "momentum": 0.99,
-            "colour": 0.5,
+            "centring": "sinkhorn",
+            "koleo": 0.1,
+            "global_scale": (0.7, 1.0),
+            "local_crops": 0,
+            "colour": 0.0,
         },
     ),
     "supervised": Scale(options={"smoothing": 0.1, "mixup": 0.15}),
@@ -151,7 +159,7 @@ def small(objective: str, facts: Facts, model: str | None, overrides: Mapping[st
         settings["batch_size"] = min(settings["batch_size"], max(facts.images // 4, 2)) // 2 * 2
     plain = {"smoothing": 0.0, "mixup": 0.0, "epochs": float(length)}
     flips = {"horizontal_flip": facts.mirroring.horizontal / 2, "vertical_flip": facts.mirroring.vertical / 2}
-    kept = {} if objective in ("supervised", "distill", "noisy-student") else _still(base.augment)
+    kept = {} if objective in ("supervised", "distill", "noisy-student", "dino") else _still(base.augment)
     return replace(
         base.told({**plain, **settings}, {**kept, **flips, **scale.augment}),
         name=f"{objective}, small",
