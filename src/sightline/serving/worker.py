@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from sightline.errors import UserError, WorkError, printable
 from sightline.explanation.maps import attention_layers
 from sightline.inference.files import to_json
 from sightline.inference.predictor import Answer, Predictor
+from sightline.inference.reading import readers
 from sightline.model import Model, load
 from sightline.serving.explained import Explainer
 from sightline.serving.lanes import Lanes, measured
@@ -47,7 +48,7 @@ class Worker:
         self.lanes, self.busy, self.idle = lanes, 0, threading.Condition()
         self.taking, self.sending = threading.Lock(), threading.Lock()
         self.explainer = Explainer(model)
-        self.pool = ThreadPoolExecutor(predictor.threads, thread_name_prefix="sightline-read")
+        self.pool = readers(predictor.threads)
         self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self.held: Order | None = None
 
