@@ -120,7 +120,7 @@ class Embedding:
 
 
 def _content(samples: Samples, i: int, name: str) -> bytes:
-    if samples.arrays is not None or samples.stored is not None:
+    if samples.arrays is not None or (samples.stored is not None and samples.stored[name].whole):
         return samples.content(i, name)
     try:
         return hashlib.blake2b(read(samples[i].image), digest_size=16).digest()
