@@ -204,8 +204,7 @@ def refuse_faults(gathered: Gathered, content: Format | None) -> None:
 
 
 def _line(files: ShardFiles, finding: Finding) -> str:
-    names = [printable(files.home / name) for name in finding.files[:1]]
-    return f"{', '.join(names)}: {finding.reason}"
+    return f"{printable(f'{files.home}/{finding.files[0]}')}: {finding.reason}"
 
 
 def _lacking(content: Format) -> list[Finding]:
