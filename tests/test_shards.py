@@ -27,8 +27,11 @@ from sightline.datasets.scenes import SHAPES
 from sightline.datasets.shards import find_shards, split_key
 from sightline.datasets.unlabelled import open_images
 from sightline.errors import UserError
+from sightline.evaluation.cache import Cache
+from sightline.evaluation.features import Embedding
 from sightline.images.decode import ImageError, decode
 from sightline.images.preprocess import Preprocess
+from sightline.model import load
 from sightline.recipes.images_and_texts import ImagesAndTexts
 from sightline.recipes.train import train
 from sightline.training.signals import Interrupted
@@ -617,6 +620,32 @@ def test_large_members_are_known_by_their_ends_and_never_read_between(tmp_path: 
     shard.unlink()
     with pytest.raises(ImageError, match="No such file"):
         decode(image)
+
+
+def test_kept_features_follow_from_every_byte(tmp_path: Path) -> None:
+    """Also from those that no checksum of a shard covers."""
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.bmp")
+    data = (tmp_path / "x.bmp").read_bytes()
+    shard = packed(tmp_path / "data", [{"1.bmp": data, "1.cls": b"0"}, {"2.bmp": data, "2.cls": b"1"},
+                                       {"3.png": picture(3), "3.cls": b"1"}]) / "shard-000000.tar"  # fmt: skip
+    model = load("builtin:tiny")
+    embedding = Embedding(model.network, model.preprocess, torch.device("cpu"), torch.float32,
+                          batch_size=4, cache=Cache(tmp_path / "kept"))  # fmt: skip
+
+    def features() -> tuple[torch.Tensor, bool]:
+        found = embedding(open_dataset(tmp_path / "data").train)
+        return found.vectors, found.cached
+
+    first, again = features(), features()
+    assert (first[1], again[1]) == (False, True)
+    whole = shard.read_bytes()
+    for at in (whole.index(data), whole.rindex(data)):
+        whole = whole[: at + 7000] + bytes(200) + whole[at + 7200 :]
+    shard.write_bytes(whole)
+    changed = features()
+    assert not changed[1]
+    assert not torch.equal(changed[0], first[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -24,6 +24,9 @@ from sightline.registry import find, table
 ALL = "all"
 """The one part of shards whose names tell none."""
 
+HELD_OUT = 0.2
+"""Share of images with labels that is set apart where they have no validation part of their own."""
+
 
 class Fault(Exception):  # noqa: N818
     """Why what lies beside an image cannot be meant: a kind of finding, and the reason."""
@@ -182,7 +185,7 @@ def read_shards(files: ShardFiles, task: str, seed: int, held_out: float) -> Spl
     content: Format = find("datasets", "SHARDED", task, "task that learns from shards")(files)
     gathered = gather(files, [content])
     refuse_faults(gathered, content)
-    return divided(gathered, content, seed, held_out)
+    return divided(gathered, content, gathered.image_sets(content), seed, held_out)
 
 
 def refuse_faults(gathered: Gathered, content: Format | None) -> None:
@@ -211,9 +214,11 @@ def _lacking(content: Format) -> list[Finding]:
     return [Finding(content.lack, f"beside it is no {content.needs}", [name]) for name in content.lacking]
 
 
-def divided(gathered: Gathered, content: Format | None, seed: int, held_out: float) -> Splits:
-    """Training and validation part of what was gathered; a share is held out where the shards have no parts."""
-    files, sets = gathered.files, gathered.image_sets(content)
+def divided(
+    gathered: Gathered, content: Format | None, sets: Mapping[str, ImageSet], seed: int, held_out: float
+) -> Splits:
+    """Training and validation part of image sets; a share is held out where there are no parts. Raises UserError."""
+    files = gathered.files
     where, notes = printable(files.source), [*files.notes, *gathered.notes(content)]
     trained = ALL if ALL in sets else "train"
     told = sets[trained]
@@ -267,7 +272,7 @@ def stock(files: ShardFiles, seed: int) -> Stock:
         sets = gathered.image_sets(content)
         if not gathered.names:
             raise UserError(f"no images in {sum(map(len, files.parts.values())):,} shards")
-        splits = divided(gathered, content, seed, 0.2) if content is not None else None
+        splits = divided(gathered, content, sets, seed, HELD_OUT) if content is not None else None
     except UserError as fault:
         if not any(finding.severity == "error" for finding in findings):
             findings.append(Finding("unusable", str(fault)))

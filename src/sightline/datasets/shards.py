@@ -131,7 +131,7 @@ def _expanded(text: str) -> list[str]:
 
 
 def _alternatives(braces: str, text: str) -> Sequence[str]:
-    """What a pair of braces stands for: words, or numbers as wide as the ends of their range where one begins with 0."""
+    """What a pair of braces stands for: words, or numbers as wide as the ends of the range where one begins with 0."""
     if "," in braces:
         return braces[1:-1].split(",")
     first, last = braces[1:-1].split("..")

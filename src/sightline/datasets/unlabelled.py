@@ -11,14 +11,11 @@ from sightline.datasets.folder import Folder
 from sightline.datasets.image_set import ImageSet, Names
 from sightline.datasets.open import SIGNS, open_dataset
 from sightline.datasets.scan import Skipped
-from sightline.datasets.sharded import ALL, divided, gather, refuse_faults
+from sightline.datasets.sharded import ALL, HELD_OUT, divided, gather, refuse_faults
 from sightline.datasets.shards import SUFFIX, ShardFiles, find_shards
 from sightline.datasets.split import Splits
 from sightline.errors import UserError, printable
 from sightline.registry import find
-
-HELD_OUT = 0.2
-"""Share of images with labels that is set apart where they have no validation part of their own."""
 
 WATCHED = 0.05
 """Share of images without labels that are set apart to watch the features."""
@@ -70,11 +67,11 @@ def _in_shards(files: ShardFiles, seed: int, reason: str = "no image has a label
     content = labels if labels.said or labels.findings else None
     refuse_faults(gathered, content)
     if content is not None and len(set(labels.said)) > 1:
-        return divided(gathered, content, seed, HELD_OUT)
+        return divided(gathered, content, gathered.image_sets(content), seed, HELD_OUT)
     sets = gathered.image_sets(None)
     notes = [*files.notes, *gathered.notes(None)]
     if ALL not in sets:
-        return divided(gathered, None, seed, HELD_OUT)
+        return divided(gathered, None, sets, seed, HELD_OUT)
     if len(sets[ALL]) < 2:
         raise UserError(f"{printable(files.source)}: {len(sets[ALL])} images are too few to learn from")
     return _watched(sets[ALL], files.source, seed, reason if content is None else "all have one class", notes)
