@@ -303,6 +303,7 @@ def test_patterns(tmp_path: Path) -> None:
     told = fault(tmp_path / "shard-{000010..000013}.tar")
     assert "shard-000012.tar: cannot read the shard: No such file" in told
     assert "shard-000013.tar" in told
+    assert "names a shard twice" in fault(tmp_path / "shard-{000001,000001}.tar")
     assert "for no shards" in fault(tmp_path / "shard-{3..1}.tar")
     assert "more than 100,000" in fault(tmp_path / "shard-{0..999}-{0..999}.tar")
     assert "does not exist" in fault(tmp_path / "shard-{x}.tar")
@@ -322,6 +323,9 @@ def test_parts_are_told_by_all_names_or_none(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar").rename(tmp_path / "val-1.tar")
     (tmp_path / "train-1.tar").rename(tmp_path / "test-1.tar")
     assert "none is for training" in fault(tmp_path)
+    pack(tmp_path / "both" / "0.tar", {})
+    pack(tmp_path / "both" / "train" / "0.tar", {})
+    assert "shards lie in it and in its folders 'train'" in fault(tmp_path / "both")
 
 
 def test_compressed_shards_are_refused(tmp_path: Path) -> None:
@@ -631,7 +635,7 @@ def test_kept_features_follow_from_every_byte(tmp_path: Path) -> None:
                                        {"3.png": picture(3), "3.cls": b"1"}]) / "shard-000000.tar"  # fmt: skip
     model = load("builtin:tiny")
     embedding = Embedding(model.network, model.preprocess, torch.device("cpu"), torch.float32,
-                          batch_size=4, cache=Cache(tmp_path / "kept"))  # fmt: skip
+                          batch_size=4, cache=Cache(tmp_path / "kept", 2**20))  # fmt: skip
 
     def features() -> tuple[torch.Tensor, bool]:
         found = embedding(open_dataset(tmp_path / "data").train)

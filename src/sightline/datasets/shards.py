@@ -110,6 +110,8 @@ def find_shards(path: Path, kinds: Sequence[str] | None = None) -> ShardFiles | 
     if len(names) < 2 or not all(name.lower().endswith((SUFFIX, *PACKED)) for name in names):
         return None
     _refuse_packed(str(path), names)
+    if len({os.path.normpath(name) for name in names}) < len(names):
+        raise UserError(f"{printable(path)} names a shard twice")
     home = os.path.commonpath([os.path.dirname(name) or "." for name in names]) if _alike(names) else ""  # noqa: PTH120
     shards = [os.path.relpath(name, home or ".") for name in names]
     return ShardFiles(str(path), Path(home), _parts(str(path), shards))
@@ -149,6 +151,9 @@ def _in_folder(path: Path) -> ShardFiles | None:
     if here is None:
         return None
     if here.shards:
+        inner = {name: _tars(path / name) for name in here.folders if name.casefold() in _PARTS}
+        if also := [name for name, tars in inner.items() if tars is not None and tars.shards]:
+            raise UserError(f"{printable(home)}: shards lie in it and in its folders {some(also)}: move some away")
         notes = [f"folders left out: {some(here.folders)}"] if here.folders else []
         shards = [*here.shards]
         _refuse_packed(home, shards)
