@@ -53,8 +53,8 @@ class Embedding:
     """A network with its pixel contract, as a function from an image set to its features.
 
     The vectors are what the classifier would read (`Network.embed`), float32 on the CPU, whatever the task. `precision`
-    is that of the matrix products. Of files and shards every byte counts for the cache, of archives size and checksum: no
-    changed image gets the features of another. Raises WorkError where memory does not suffice for one image.
+    is that of the matrix products. Of files and shards every byte counts for the cache, of archives size and checksum:
+    no changed image gets the features of another. Raises WorkError where memory does not suffice for one image.
     """
 
     network: Network
