@@ -7,11 +7,15 @@ import os
 import pickle
 import signal
 import tarfile
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from command import TINY, cli, ended, refusal, started
@@ -412,6 +416,32 @@ def test_shards_that_are_damaged(tmp_path: Path) -> None:
     (tmp_path / "shard-000001.tar").unlink()
     os.mkfifo(tmp_path / "shard-000001.tar")
     assert "it is not a regular file" in fault(tmp_path)
+
+
+@settings(max_examples=max(settings().max_examples // 4, 10))
+@given(
+    st.lists(st.tuples(st.integers(0, 2**20), st.binary(min_size=1, max_size=12)), max_size=3), st.integers(0, 12_000)
+)
+def test_whatever_lies_in_a_shard_it_is_read_or_refused(changes: list[tuple[int, bytes]], length: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        packed(path, labelled(6), 3)
+        data = bytearray((path / "shard-000000.tar").read_bytes())
+        for at, put in changes:
+            at %= len(data)
+            data[at : at + len(put)] = put[: len(data) - at]
+        (path / "shard-000000.tar").write_bytes(data[: len(data) - length // 2] if length % 2 else data)
+        stock = take_stock(path)
+        errors = [finding for finding in stock.findings if finding.severity == "error"]
+        assert bool(errors) == (stock.splits is None)
+        if errors:
+            assert str(path) in fault(path)
+        else:
+            images = open_dataset(path).together()
+            assert len(images) == 6
+            for image, _, _ in images.samples:
+                with suppress(ImageError):
+                    decode(image)
 
 
 def test_sizes_that_no_shard_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
