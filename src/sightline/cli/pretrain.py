@@ -28,7 +28,9 @@ _OWN = ("seed", "epochs", "minutes", "precision", "smoothing", "mixup", "cutmix"
 def arguments(parser: Any) -> None:
     """The verb's own arguments."""
     parser.add_argument(
-        "data", metavar="DATA", help="folder of images, with or without classes; archive, CSV, or builtin:digits"
+        "data",
+        metavar="DATA",
+        help="folder of images, with or without classes; archive, shards, CSV; or builtin:NAME",
     )
     parser.add_argument(
         "--objective",

@@ -29,7 +29,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="what the task learns from: class folders or CSV, COCO JSON, masks, captions; or builtin:digits",
+        help="what the task learns from: class folders or CSV, COCO JSON, masks, captions, shards; or builtin:digits",
     )
     parser.add_argument(
         "--task",

@@ -204,13 +204,20 @@ def _row(cells: Mapping[Any, Any], home: str, where: str, line: int) -> Row:
     path, caption = cells["path"], cells["caption"].strip()
     if not path or "\0" in path:
         raise UserError(f"{where}: the path is {'missing' if not path else 'not one'}")
-    if not caption:
-        raise UserError(f"{where}: the caption is empty")
-    if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise UserError(f"{where}: the caption is not UTF-8 (save the file in that encoding)")
-    if len(caption) > LONGEST:
-        raise UserError(f"{where}: a caption of {len(caption):,} characters is longer than any ({LONGEST:,})")
+    if (fault := caption_fault(caption)) is not None:
+        raise UserError(f"{where}: {fault}")
     return Row(name_in(home, path, where, "file"), caption, part_of(cells, where), line)
+
+
+def caption_fault(caption: str) -> str | None:
+    """Why a caption cannot be meant; None where it can."""
+    if not caption:
+        return "the caption is empty"
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        return "the caption is not UTF-8 (save the file in that encoding)"
+    if len(caption) > LONGEST:
+        return f"a caption of {len(caption):,} characters is longer than any ({LONGEST:,})"
+    return None
 
 
 READERS = {"clip": read_captions}

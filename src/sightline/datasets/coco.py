@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,15 @@ class Document:
     def where(self) -> str:
         """The file, for messages."""
         return printable(self.path)
+
+
+class Row(NamedTuple):
+    """An object that can be meant: its box as left, top, right and bottom, cut off at the edges of its image."""
+
+    category: str
+    box: list[float]
+    crowd: bool
+    area: float
 
 
 def open_objects(path: Path, seed: int, held_out: float) -> Splits:
@@ -132,8 +141,8 @@ def _image_set(document: Document, root: Path) -> tuple[ImageSet, list[str]]:
 def gather(document: Document, root: Path, tell: Callable[[Finding], None]) -> ImageSet:
     """The images of a file with the objects that can be meant; `tell` hears what is wrong with the others."""
     categories = _categories(document, tell)
-    classes = tuple(class_names(list(categories.values()), document.where).values())
-    number = {name: i for i, name in enumerate(class_names(categories.values(), document.where))}
+    classes = class_names(categories.values(), document.where)
+    number = {name: i for i, name in enumerate(classes)}
     place = _folder(document, root)
     images: dict[Any, Mapping[str, Any]] = {}
     for row in document.images:
@@ -143,23 +152,22 @@ def gather(document: Document, root: Path, tell: Callable[[Finding], None]) -> I
             tell(Finding("annotation", f"two images have the id {printable(row['id'])}", [row["file_name"]]))
         else:
             images[row["id"]] = row
-    objects: dict[Any, list[tuple[int, list[float], bool, float]]] = {key: [] for key in images}
+    objects: dict[Any, list[Row]] = {key: [] for key in images}
     for row in document.annotations:
-        _take(row, images, categories, number, objects, tell)
-    names, marks = [], []
-    for key, row in images.items():
-        rows = objects[key]
-        boxes = np.array([box for _, box, _, _ in rows], dtype=np.float32).reshape(-1, 4)
-        names.append(os.path.relpath(place / row["file_name"], root))
-        marks.append(
-            Objects(
-                np.array([label for label, *_ in rows], dtype=np.int64),
-                boxes,
-                np.array([crowd for _, _, crowd, _ in rows], dtype=bool),
-                np.array([area for *_, area in rows], dtype=np.float32),
-            )
-        )
-    return ImageSet(classes, Samples(Names(names), np.full(len(names), -1), root, marks=marks))
+        take(row, images, categories, objects, tell)
+    names = Names(os.path.relpath(place / row["file_name"], root) for row in images.values())
+    marks = [marked(objects[key], number) for key in images]
+    return ImageSet(tuple(classes.values()), Samples(names, np.full(len(names), -1), root, marks=marks))
+
+
+def marked(rows: Sequence[Row], number: Mapping[str, int]) -> Objects:
+    """The objects of an image, whose categories have these numbers."""
+    return Objects(
+        np.array([number[row.category] for row in rows], dtype=np.int64),
+        np.array([row.box for row in rows], dtype=np.float32).reshape(-1, 4),
+        np.array([row.crowd for row in rows], dtype=bool),
+        np.array([row.area for row in rows], dtype=np.float32),
+    )
 
 
 def _categories(document: Document, tell: Callable[[Finding], None]) -> dict[Any, str]:
@@ -177,12 +185,11 @@ def _categories(document: Document, tell: Callable[[Finding], None]) -> dict[Any
     return found
 
 
-def _take(
+def take(
     row: Mapping[str, Any],
     images: Mapping[Any, Mapping[str, Any]],
     categories: Mapping[Any, str],
-    number: Mapping[str, int],
-    objects: dict[Any, list[tuple[int, list[float], bool, float]]],
+    objects: Mapping[Any, list[Row]],
     tell: Callable[[Finding], None],
 ) -> None:
     """Enters one annotation, or says why it cannot be meant."""
@@ -212,7 +219,7 @@ def _take(
     area = row.get("area")
     good = isinstance(area, int | float) and not isinstance(area, bool) and math.isfinite(area) and area > 0
     size = float(area) if good and area is not None else width * height
-    objects[image].append((number[categories[category]], inside, bool(row.get("iscrowd", 0)), size))
+    objects[image].append(Row(categories[category], inside, bool(row.get("iscrowd", 0)), size))
 
 
 def _box(row: Mapping[str, Any]) -> Sequence[float]:

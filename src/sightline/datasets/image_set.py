@@ -60,6 +60,19 @@ class Names(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (os.fsdecode(self._text[start:end]) for start, end in pairwise(self._ends.tolist()))
 
+    def place(self, name: str) -> int:
+        """Where a name stands among names that are sorted by their bytes. Raises KeyError for no such name."""
+        wanted, low, high = os.fsencode(name), 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            if self._text[self._ends[middle] : self._ends[middle + 1]] < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        if low == len(self) or self._text[self._ends[low] : self._ends[low + 1]] != wanted:
+            raise KeyError(name)
+        return low
+
 
 @dataclass(frozen=True, eq=False)
 class Drawn(Sequence[UInt8[np.ndarray, "_ _ 3"]]):

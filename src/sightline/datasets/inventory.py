@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from sightline.datasets import sharded
 from sightline.datasets.archive import SUFFIXES, archive_place
 from sightline.datasets.findings import Finding
 from sightline.datasets.folder import Folder, Place
@@ -19,6 +20,7 @@ from sightline.datasets.image_set import ImageSet, Names, Samples
 from sightline.datasets.naming import natural, some
 from sightline.datasets.open import open_dataset
 from sightline.datasets.scan import CLUTTER, EXTENSIONS, Skipped, leads_out
+from sightline.datasets.shards import MEANT, find_shards
 from sightline.datasets.split import TRAINING, VALIDATION, Splits
 from sightline.datasets.table import Row, read_rows
 from sightline.errors import UserError, printable
@@ -55,6 +57,11 @@ def take_stock(source: str | Path, *, seed: int = 0) -> Inventory:
     """Lists a dataset that may have faults. Raises UserError only where nothing is there to be listed."""
     path = Path(source)
     stock = Inventory(str(source))
+    if (files := find_shards(path, tuple(MEANT))) is not None:
+        stock.parts, stock.findings, stock.splits = sharded.stock(files, seed)
+        stock.findings += _unlike_classes(stock.parts, stock.trained)
+        stock.findings += _alike_files(name for part in stock.parts.values() for name in part.samples.names)
+        return stock
     for recognised, listed in table("datasets", "STOCKS").values():
         if recognised(path):
             return _marked(stock, path, listed)

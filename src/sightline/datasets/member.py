@@ -23,7 +23,11 @@ FREE = 2**16
 DEEP = 3
 """Levels of folders that layouts are told by: one around everything, the part, the class."""
 
-STORED, DEFLATED, GZIPPED = range(3)
+ENDS = 2**12
+"""Bytes at either end of an `INDEXED` member that its checksum covers."""
+
+STORED, DEFLATED, GZIPPED, INDEXED = range(4)
+"""How a member is kept: plain, deflated, in a tar archive that is gzipped, or plain with a checksum of its ends."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Member(Stored):
-    """An image in an archive: where its bytes lie, how they are packed, and their CRC-32."""
+    """A member of an archive: where its bytes lie, how they are packed, and their CRC-32, or that of their `ends`."""
 
     archive: str
     name: str
@@ -57,8 +61,12 @@ class Member(Stored):
 
     @property
     def content(self) -> bytes:
-        """What stands for the bytes: their number and checksum."""
-        return b"%d %08x" % (self.size, self.crc)
+        """What stands for the bytes: their number and checksum; for none, as for a file of none, their number alone."""
+        return b"%d %08x" % (self.size, self.crc) if self.size else b"0"
+
+    @property
+    def whole(self) -> bool:
+        return self.kind != INDEXED
 
     def read(self, limit: int) -> bytes:
         """Its first `limit` bytes at most; read whole, they are held against what the archive says of them."""
@@ -67,9 +75,10 @@ class Member(Stored):
             if self.kind == GZIPPED:
                 data = inflated(self.archive).read(self.offset, wanted)
             else:
-                with Path(self.archive).open("rb") as file:
+                # Opened for each reading: nothing is left open, and nothing is shared by processes and threads.
+                with Path(self.archive).open("rb", buffering=0) as file:
                     file.seek(self.offset)
-                    data = file.read(wanted) if self.kind == STORED else self._inflate(file, wanted)
+                    data = self._inflate(file, wanted) if self.kind == DEFLATED else file.read(wanted)
         except UserError as fault:
             raise Refusal(str(fault)) from fault
         except OSError as fault:
@@ -78,8 +87,8 @@ class Member(Stored):
             raise Refusal("the archive is damaged here (its compressed data make no sense)") from fault
         if len(data) < wanted:
             raise Refusal(f"the archive is damaged here ({len(data):,} of {wanted:,} bytes)")
-        if wanted == self.size and zlib.crc32(data) != self.crc:
-            raise Refusal("the archive is damaged here (a checksum is wrong)")
+        if wanted == self.size and (zlib.crc32(data) if self.whole else ends(data)) != self.crc:
+            raise Refusal("the archive is damaged here, or was changed meanwhile (a checksum is wrong)")
         return data
 
     def _inflate(self, file: IO[bytes], wanted: int) -> bytes:
@@ -96,6 +105,11 @@ class Member(Stored):
             if len(data) > wanted:
                 raise Refusal(f"it holds more than the {self.size:,} bytes that the archive states")
         return bytes(data)
+
+
+def ends(data: bytes) -> int:
+    """The CRC-32 of the first and the last `ENDS` bytes, or of all where there are no more."""
+    return zlib.crc32(data[max(len(data) - ENDS, ENDS) :], zlib.crc32(data[:ENDS]))
 
 
 class Listing:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from sightline.datasets.archive import SUFFIXES, read_archive
 from sightline.datasets.folder import read_splits
+from sightline.datasets.sharded import read_shards
+from sightline.datasets.shards import find_shards
 from sightline.datasets.split import Splits
 from sightline.datasets.table import read_table
 from sightline.errors import UserError, printable
@@ -19,7 +21,8 @@ _BUILTIN = "builtin:"
 def open_dataset(source: str | Path, *, task: str = "classify", seed: int = 0, held_out: float = 0.2) -> Splits:
     """Opens what a task learns from, or `builtin:NAME`; nothing is written.
 
-    Each task has its reader in the `READERS` tables of this room: from (path, seed, held_out) to `Splits`. The built-in
+    Shards (`find_shards`) are read by the task's row of the `SHARDED` tables of this room. For whatever else lies on
+    disk each task has its reader in the `READERS` tables: from (path, seed, held_out) to `Splits`. The built-in
     sets are the `BUILTIN` tables: for each name and task, from (seed, held_out) to `Splits`; settings of theirs, where
     `OPTIONS` has a dataclass of the same name, are part of the source, as in `builtin:NAME:classes=10,size=32`. Where
     the data has no validation part of its own, `held_out` (0 to 1) is set apart by `seed`. Raises UserError for what is
@@ -27,7 +30,14 @@ def open_dataset(source: str | Path, *, task: str = "classify", seed: int = 0, h
     """
     if str(source).startswith(_BUILTIN):
         return _built_in(str(source), task, seed, held_out)
-    return find("datasets", "READERS", task, "task with a format on disk")(Path(source), seed, held_out)
+    reader = find("datasets", "READERS", task, "task with a format on disk")
+    # A single archive is one of class folders, unless it looks like a shard; only classes come in such archives.
+    shards = find_shards(Path(source), SIGNS if reader is open_classes else None)
+    return reader(Path(source), seed, held_out) if shards is None else read_shards(shards, task, seed, held_out)
+
+
+SIGNS = ("cls",)
+"""What lies beside images in a single archive that is a shard with classes."""
 
 
 def open_classes(path: Path, seed: int, held_out: float) -> Splits:
@@ -38,7 +48,7 @@ def open_classes(path: Path, seed: int, held_out: float) -> Splits:
         return read_table(path, seed=seed, held_out=held_out)
     if os.path.exists(path) and path.name.lower().endswith(SUFFIXES):  # noqa: PTH110
         return read_archive(path, seed=seed, held_out=held_out)
-    known = f"a folder, an archive ({', '.join(SUFFIXES)}), a CSV file, or one like builtin:digits"
+    known = f"a folder, an archive ({', '.join(SUFFIXES)}), a CSV file, shards, or one like builtin:digits"
     problem = "is none of these" if os.path.exists(path) else "does not exist"  # noqa: PTH110
     raise UserError(f"{printable(path)} {problem}: a dataset is {known}")
 

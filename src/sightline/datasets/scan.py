@@ -55,8 +55,14 @@ class Skipped:
 
     def hint(self) -> str:
         """What to add to a complaint that there are too few images."""
-        many = len(self.outside)
-        return f"; {many:,} links that lead out of the folder are not followed: {_MEANT}" if many else ""
+        if many := len(self.outside):
+            return f"; {many:,} links that lead out of the folder are not followed: {_MEANT}"
+        names = [name.lower() for name in self.others]
+        if any(name.endswith(".cls") for name in names):
+            return "; images with KEY.cls beside them are read from shards, which are .tar and not compressed"
+        if any(name.endswith(".tar") for name in names):
+            return "; archives in a folder are read as shards where no images lie in it"
+        return ""
 
 
 _MEANT = "if they are meant, set SIGHTLINE_FOLLOW_LINKS=1"

@@ -17,7 +17,7 @@ from sightline.datasets.naming import natural, some
 from sightline.datasets.scan import Skipped, images_below
 from sightline.datasets.split import TRAINING, VALIDATION, Splits, hold_out
 from sightline.errors import UserError, printable
-from sightline.images.decode import ImageError, read
+from sightline.images.decode import ImageError, Source, Stored, image_size, read
 
 IMAGES = ("images", "image", "img", "JPEGImages")
 MASKS = ("masks", "mask", "labels", "annotations", "SegmentationClass")
@@ -26,15 +26,17 @@ CLASSES = "classes.txt"
 
 @dataclass(frozen=True, eq=False)
 class MaskFile(Masked):
-    """A mask on disk: an index PNG (grey, palette, or 16 bits) whose values are the numbers of classes.
+    """A mask on disk or in a shard: an index PNG (grey, palette, or 16 bits) whose values are the numbers of classes.
 
     `IGNORE`, in 16 bits 65535 too, is no class. `places` has the number that each of the file's values stands for.
     """
 
-    path: Path
+    path: Path | Stored
     places: tuple[int, ...]
 
     def content(self) -> bytes:
+        if isinstance(self.path, Stored):
+            return self.path.content + f" {self.places}".encode()
         try:
             return f"{self.path.name} {self.path.stat().st_size} {self.places}".encode()
         except OSError:
@@ -44,8 +46,8 @@ class MaskFile(Masked):
         return replace(self, places=tuple(int(places[i]) for i in self.places))
 
     def mask(self, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
-        name = str(self.path)
-        values = _values(self.path, height, width)
+        name = printable(self.path.where if isinstance(self.path, Stored) else self.path)
+        values = _values(self.path, name, height, width)
         table = np.full(65536, -1)
         table[: len(self.places)] = self.places
         table[[IGNORE, 65535]] = IGNORE
@@ -56,9 +58,8 @@ class MaskFile(Masked):
         return cells.astype(np.uint8)
 
 
-def _values(path: Path, height: int, width: int) -> Int64[np.ndarray, "h w"]:
+def _values(path: Path | Stored, name: str, height: int, width: int) -> Int64[np.ndarray, "h w"]:
     """The numbers in a mask of the size of its image. Raises ImageError."""
-    name = str(path)
     data = read(path)
     try:
         with Image.open(BytesIO(data), formats=["PNG", "TIFF", "BMP", "GIF"]) as picture:
@@ -83,7 +84,7 @@ def open_masks(path: Path, seed: int, held_out: float) -> Splits:
     Each of the two may have the folders `train` and `val`, or lie in them; otherwise a share is held out. Raises
     UserError where one of these is not there, for images without a mask, and for names of classes that are used twice.
     """
-    classes = _classes(path)
+    classes = named_classes(path)
     parts = {name: _part(path, images, masks, classes) for name, (images, masks) in _folders(path).items()}
     for name, (_, missing) in parts.items():
         if missing:
@@ -94,7 +95,8 @@ def open_masks(path: Path, seed: int, held_out: float) -> Splits:
     return Splits(parts["train"][0], parts["val"][0], str(path), [])
 
 
-def _classes(path: Path) -> tuple[str, ...]:
+def named_classes(path: Path, most: int = IGNORE - 1) -> tuple[str, ...]:
+    """The names in a folder's `classes.txt`, the first that of the value 0. Raises UserError, also for too many."""
     file = path / CLASSES
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -108,8 +110,8 @@ def _classes(path: Path) -> tuple[str, ...]:
     names = [line.strip() for line in text.splitlines()]
     while names and not names[-1]:
         names.pop()
-    if len(names) < 2 or len(names) >= IGNORE:
-        raise UserError(f"{printable(file)} has {len(names)} classes; 2 to {IGNORE - 1} are possible")
+    if not 2 <= len(names) <= most:
+        raise UserError(f"{printable(file)} has {len(names)} classes; 2 to {most} are possible")
     if "" in names or len(set(names)) < len(names):
         raise UserError(f"{printable(file)}: an empty line, or a name that is there twice")
     return tuple(names)
@@ -162,24 +164,28 @@ def _part(root: Path, images: Path, masks: Path, classes: tuple[str, ...]) -> tu
 
 def stock(path: Path) -> Iterator[tuple[str, ImageSet, list[Finding]]]:
     """Every part of a set with what is wrong with its masks, which are all read. Raises UserError for no such set."""
-    from sightline.images.decode import image_size
-
-    classes = _classes(path)
+    classes = named_classes(path)
     for part, (images, masks) in _folders(path).items():
         found, missing = _part(path, images, masks, classes)
         faults = [Finding("missing-mask", "it has no mask of the same stem", [name]) for name in missing]
         for image, marks, name in found.samples:
-            try:
-                height, width = image_size(image)
-            except ImageError:
-                continue  # the image itself is told of elsewhere
-            try:
-                marks.mask(height, width)
-            except ImageError as fault:
-                size, unknown = "pixels, and the image" in fault.reason, "has a pixel of class" in fault.reason
-                kind = "mask-size" if size else "unknown-class" if unknown else "mask"
-                faults.append(Finding(kind, fault.reason, [name]))
+            faults += mask_faults(image, marks, name)
         yield part, found, faults
+
+
+def mask_faults(image: Source, marks: Masked, name: str) -> list[Finding]:
+    """What is wrong with the mask of an image."""
+    try:
+        height, width = image_size(image)
+    except ImageError:
+        return []  # the image itself is told of elsewhere
+    try:
+        marks.mask(height, width)
+    except ImageError as fault:
+        size, unknown = "pixels, and the image" in fault.reason, "has a pixel of class" in fault.reason
+        kind = "mask-size" if size else "unknown-class" if unknown else "mask"
+        return [Finding(kind, fault.reason, [name])]
+    return []
 
 
 def recognised(path: Path) -> bool:

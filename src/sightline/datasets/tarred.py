@@ -5,7 +5,8 @@ import zlib
 from typing import IO
 
 from sightline.datasets.gzipped import Inflated
-from sightline.datasets.member import GZIPPED, STORED, Listing
+from sightline.datasets.member import ENDS, GZIPPED, INDEXED, STORED, Listing
+from sightline.errors import UserError
 
 BLOCK = 512
 
@@ -34,24 +35,46 @@ class Plain:
         """The next bytes; fewer at the end."""
         return self.file.read(count)
 
+    def move(self, place: int) -> None:
+        """Goes on from this place of the file."""
+        self.file.seek(place)
+
 
 def list_tar(source: Plain | Inflated, size: int, listing: Listing) -> None:
     """Enters every member of an archive of `size` bytes as it lies on disk. Raises UserError as `list_zip` does."""
-    reader = _Reader(source, size, listing)
+    reader = _Reader(source, size, listing, STORED if isinstance(source, Plain) else GZIPPED)
     while reader.next():
         pass
 
 
+def index_tar(source: Plain, size: int, listing: Listing) -> tuple[list[UserError], bool]:
+    """Enters the members of a plain archive by their headers and `ENDS`: what lies between is not read.
+
+    A member that may not be one is left out, and the next one follows. Returns what `list_tar` would have raised, and
+    whether the archive could be listed to its end.
+    """
+    reader, faults = _Reader(source, size, listing, INDEXED), []
+    while True:
+        try:
+            if not reader.next():
+                return faults, True
+        except UserError as fault:
+            faults.append(fault)
+            if not reader.goes_on():
+                return faults, False
+
+
 class _Reader:
-    def __init__(self, source: Plain | Inflated, size: int, listing: Listing):
-        self.source, self.size, self.listing = source, size, listing
-        self.kind = STORED if isinstance(source, Plain) else GZIPPED
+    def __init__(self, source: Plain | Inflated, size: int, listing: Listing, kind: int):
+        self.source, self.size, self.listing, self.kind = source, size, listing, kind
         self.place = 0
+        self.following: int | None = None  # where the next header is, whatever is wrong with this member
         self.told: dict[bytes, bytes] = {}  # what an extended header says of the next member
         self.last: str | None = None
 
     def next(self) -> bool:
         """Reads one header and what belongs to it; False at the end mark."""
+        self.following = None
         block = self._take(BLOCK)
         if not block.strip(b"\0"):
             self._end()
@@ -65,18 +88,31 @@ class _Reader:
         name = os.fsdecode(told.get(b"path") or self._name(block))
         if any(key.startswith(b"GNU.sparse") for key in told):
             kind = b"S"
+        if b"size" in told:
+            size = self._decimal(told[b"size"])
+        if kind not in (b"S", b"M"):  # of these it is not known how much follows; links and devices have no content
+            self.following = self.place + (0 if kind in _KINDS else -(-size // BLOCK) * BLOCK)
         if kind in _KINDS:
             raise self.listing.refuse(f"is {_KINDS[kind]}, not a file", name)
         if kind not in (b"0", b"\0", b"5", b"7"):
             raise self.listing.refuse("is neither a file nor a folder", name)
-        if b"size" in told:
-            size = self._decimal(told[b"size"])
         self._file(name, size, folder=kind == b"5" or name.endswith("/"))
+        return True
+
+    def goes_on(self) -> bool:
+        """Moves on to the header behind a member with a fault; False where nobody knows where it is."""
+        if self.following is None or not isinstance(self.source, Plain) or self.following > self.size:
+            return False
+        if self.listing.count > self.listing.bounds.files:
+            return False  # that fault would come again with each
+        self.source.move(self.following)
+        self.place, self.told = self.following, {}
         return True
 
     def _file(self, name: str, size: int, *, folder: bool) -> None:
         self.last = name
-        if self.kind == STORED and self.place + size > self.size:
+        if self.kind != GZIPPED and self.place + size > self.size:
+            self.following = None
             raise self.listing.refuse("is cut off: the archive ends before it does", name)
         packed = self.source.packed
         plain = self.listing.expect(name, size, max(size, 1), folder=folder)
@@ -85,7 +121,7 @@ class _Reader:
             self._pass(size)
         else:
             wanted, offset = self.listing.wants(plain), self.place
-            crc = self._pass(size)
+            crc = self._ends(size) if isinstance(self.source, Plain) and self.kind == INDEXED else self._pass(size)
             if wanted:
                 kept = self.source.packed - packed
                 self.listing.add(plain, kind=self.kind, offset=offset, packed=kept, size=size, crc=crc)
@@ -98,6 +134,15 @@ class _Reader:
             part = self._take(min(size, 2**18))
             crc, size = zlib.crc32(part, crc), size - len(part)
         return crc
+
+    def _ends(self, size: int) -> int:
+        """Passes over so many bytes, and returns the checksum of the first and the last of them, as `member.ends`."""
+        assert isinstance(self.source, Plain)
+        crc = zlib.crc32(self._take(min(size, ENDS)))
+        if size > 2 * ENDS:
+            self.place += size - 2 * ENDS
+            self.source.move(self.place)
+        return zlib.crc32(self._take(min(max(size - ENDS, 0), ENDS)), crc)
 
     def _take(self, count: int) -> bytes:
         data = self.source.take(count)

@@ -62,8 +62,8 @@ class Embedding:
     """A network with its pixel contract, as a function from an image set to its features.
 
     The vectors are what the classifier would read (`Network.embed`), float32 on the CPU, whatever the task. `precision`
-    is that of the matrix products. Of files every byte counts for the cache, of archives size and checksum, so that no
-    changed image gets the features of another. Raises WorkError where memory does not suffice for one image.
+    is that of the matrix products. Of files and shards every byte counts for the cache, of archives size and checksum:
+    no changed image gets the features of another. Raises WorkError where memory does not suffice for one image.
     """
 
     network: Network
@@ -125,7 +125,7 @@ class Embedding:
 
 
 def _content(samples: Samples, i: int, name: str) -> bytes:
-    if samples.arrays is not None or samples.stored is not None:
+    if samples.arrays is not None or (samples.stored is not None and samples.stored[name].whole):
         return samples.content(i, name)
     try:
         return hashlib.blake2b(read(samples[i].image), digest_size=16).digest()

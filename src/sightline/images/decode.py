@@ -42,6 +42,11 @@ class Stored(ABC):
     def content(self) -> bytes:
         """What stands for its bytes: equal where they are."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether `content` follows from every byte; otherwise equal contents do not make sure of equal bytes."""
+        return True
+
     @abstractmethod
     def read(self, limit: int) -> bytes:
         """Its first `limit` bytes at most. Raises Refusal where they cannot be had."""

@@ -18,6 +18,7 @@ from sightline.datasets.captions import captions_of, has_captions
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import Joint, Picture
 from sightline.datasets.open import open_dataset
+from sightline.datasets.shards import kinds_in
 from sightline.datasets.split import Splits
 from sightline.errors import UserError, printable
 from sightline.evaluation.measure import Measure
@@ -104,15 +105,17 @@ class ImagesAndTexts(Task):
 
     def open(self, source: str | Path, seed: int) -> Splits:
         """Images with captions, or with classes whose names are the texts."""
-        if str(source).startswith("builtin:") or has_captions(Path(source)) or not Path(source).exists():
+        if str(source).startswith("builtin:") or has_captions(Path(source)):
             return open_dataset(source, task=self.name, seed=seed)
-        return open_dataset(source, seed=seed)
+        kinds = kinds_in(Path(source))
+        classes = Path(source).exists() if kinds is None else "cls" in kinds and "txt" not in kinds
+        return open_dataset(source, task="classify" if classes else self.name, seed=seed)
 
     def bound(self, splits: Splits, weights: Any = None, kept: Path | None = None) -> "ImagesAndTexts":
         if splits.train.samples.marks is None:
             raise UserError(
                 f"{printable(splits.source)} has no captions to learn from: images with texts are a CSV with "
-                "path,caption or a JSONL file of the same"
+                "path,caption, a JSONL file of the same, or shards with KEY.txt"
             )
         if kept is not None:
             data, where = read_sealed(kept / _KEPT), printable(kept / _KEPT)

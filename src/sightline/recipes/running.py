@@ -1,5 +1,6 @@
 """What all runs have in common, whatever they learn: how they are entered, fed, recorded and gone on with."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -157,4 +158,6 @@ def require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder)
 
 def stem(data: str | Path) -> str:
     """What a run on this data is called where nobody says."""
-    return str(data).split(":")[1] if str(data).startswith("builtin:") else Path(data).resolve().stem
+    if str(data).startswith("builtin:"):
+        return str(data).split(":")[1]
+    return re.sub(r"[-_.]*\{[^{}]*\}", "", Path(data).resolve().stem) or "shards"
