@@ -156,6 +156,15 @@ class TestChoice:
         assert choose(predictor(), images(), batch_size=13, cache=cache).predictor.batch_size == 13
         assert choose(predictor(), images(), cache=cache).predictor.batch_size == 8
 
+    def test_nothing_is_packed_twice(self, speeds, cache, monkeypatch):
+        made, make = [], packing.packed
+        monkeypatch.setattr(
+            "sightline.inference.predictor.packed",
+            lambda plain, dtype=torch.float32: made.append(dtype) or make(plain, dtype),
+        )
+        answered(choose(predictor(), images(), cache=cache))
+        assert sorted(made, key=str) == [torch.bfloat16, torch.float32]
+
     def test_measured_for_good(self, cache):
         chosen = choose(predictor(), images(), cache=cache)
         assert chosen.why.startswith("torch in ")
@@ -221,6 +230,14 @@ class TestCache:
         assert self.bench(cache).seconds("bf16", 1, 8) == 0.1
         other = Predictor(network(depth=3), PREPROCESS, list("abcde"))
         assert Bench(other, cache).speeds == Speeds()
+
+    def test_no_more_is_kept_than_may_be(self, cache):
+        bench = self.bench(cache)
+        bench.speeds = Speeds(tuple(Timing("plain", 1, batch, 1.0) for batch in range(1, 257)))
+        bench.images = [bench.predictor.prepare(image(0))]
+        bench.seconds("packed", 1, 8)
+        assert len(bench.speeds.timings) == 256
+        assert bench.speeds.timings[-1].way == "packed"
 
     def test_known_speeds_are_not_measured_and_images_are_looked_at_anew(self, cache, monkeypatch):
         monkeypatch.setattr(choosing, "WORTH", 0.0)

@@ -14,7 +14,7 @@ from sightline.cli.options import add_device, add_merge, add_texts, lines
 SUMMARY = "Answer images: files, folders and globs, in order; one bad file costs one answer."
 EXAMPLE = "sightline predict runs/photos holiday/*.jpg --top 3"
 
-LOOK_AHEAD = 4096
+LOOK_AHEAD = 2**16
 """Paths that are drawn to see how long a job is; whether it is longer makes no difference."""
 
 

@@ -111,7 +111,7 @@ class _Choice:
         """The predictor, and why."""
         way = self._way()
         batch = batch_size or self._batch(way)
-        cores = self._cores(way, batch, reading)
+        cores = self._cores(way, reading)
         predictor = self.bench.by(way).altered(batch_size=batch, cores=cores)
         return predictor, self._words(way, batch, cores)
 
@@ -175,19 +175,18 @@ class _Choice:
                 best, chosen = seconds, batch
         return chosen
 
-    def _cores(self, way: Way, batch: int, reading: float) -> int:
+    def _cores(self, way: Way, reading: float) -> int:
         """Threads of the network, the rest being left to reading, so that most images are done in a second.
 
         With t threads an image takes m seconds of each, and `reading` seconds of one: neither can there be more than
         1/m images, nor more than all cores together bear.
         """
         everything = available()
-        together = self.bench.seconds(way, self.cores, batch)
-        if way in MODULE or reading < 0.2 * together * everything:
+        if way in MODULE or reading < 0.2 * self._seconds(way) * everything:
             return self.cores
         rates = {}
         for cores in sorted({1, max(self.cores // 2, 1), self.cores}):
-            seconds = self.bench.seconds(way, cores, batch)
+            seconds = self.bench.seconds(way, cores, self.batch)
             rates[cores] = min(1 / seconds, everything / (reading + cores * seconds))
         return max(rates, key=lambda cores: rates[cores])
 

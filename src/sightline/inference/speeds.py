@@ -35,6 +35,8 @@ VERSION = 1
 """Of what is measured and how it is kept."""
 ENOUGH = 0.4
 """Seconds after which a measurement is not repeated."""
+MOST = 256
+"""Timings that are kept of a model."""
 _CACHE_BYTES = 2**24
 
 
@@ -61,7 +63,7 @@ class Speeds:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(len(self.timings) <= 256 and len(self.held) <= len(get_args(Way)), "these are too many")
+        require(len(self.timings) <= MOST and len(self.held) <= len(get_args(Way)), "these are too many")
         for way, reason in self.refused.items():
             require(way in get_args(Way) and len(reason) <= 1000, "a way is refused for a reason")
 
@@ -100,6 +102,7 @@ class Bench:
             else:
                 precision = torch.bfloat16 if way == "bf16" else torch.float32
                 self._ready[way] = plain.altered(precision=precision, pack=way == "packed")
+            assert self._ready[way].computing is not None  # made once, for all that is altered afterwards
         return self._ready[way]
 
     def seconds(self, way: Way, cores: int, batch: int) -> float:
@@ -119,7 +122,7 @@ class Bench:
             took = max(time.perf_counter() - began, 1e-9)
             best, spent = min(best, took), spent + took
         timings = (*self.speeds.timings, Timing(way, cores, batch, best / batch))
-        self.speeds = replace(self.speeds, timings=timings)
+        self.speeds = replace(self.speeds, timings=timings[-MOST:])
         return best / batch
 
     def holds(self, way: Way) -> None:
