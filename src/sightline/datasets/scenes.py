@@ -32,9 +32,13 @@ Pair = tuple[str, str]
 
 PAIRS: tuple[Pair, ...] = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
 
-UNSEEN: tuple[Pair, ...] = tuple((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+UNSEEN: tuple[Pair, ...] = (
+    *(("red", "circle"), ("red", "star")),
+    *(("green", "square"), ("green", "circle")),
+    *(("blue", "star"), ("blue", "square")),
+)
 """What captioned scenes do not show, though every colour and every shape is in them: whoever knows what words mean can
-still find it."""
+still find it. Three colours and three shapes, each twice, so that neither alone tells one pair from the others."""
 
 SIZE = 64
 """Rows and columns of a scene."""
@@ -219,35 +223,36 @@ def _split(classes: tuple[str, ...], unseen: Collection[Pair] = ()) -> Callable[
 
 @dataclass(frozen=True)
 class ObjectSettings:
-    """What `builtin:objects:pairs=…` may say: which of the thirty colours with shapes there are images of.
+    """What `builtin:objects:NAME=VALUE,…` may say.
 
-    All thirty are classes in each case, so that an unseen one has to be told from those that were seen.
+    `pairs` are the colours with shapes that there are images of, and `choices` those that are classes: the same, or
+    all thirty.
     """
 
     pairs: Literal["all", "seen", "unseen"] = "all"
+    choices: Literal["pairs", "all"] = "pairs"
 
 
 @lru_cache(maxsize=2)
-def _single(seed: int, first: int, each: int, pairs: tuple[Pair, ...]) -> Samples:
-    """Images of one object each, of every pair equally many."""
-    targets = np.repeat([PAIRS.index(pair) for pair in pairs], each)
-    numbers = [first + i * len(PAIRS) + int(target) for target in dict.fromkeys(targets) for i in range(each)]
-    names = Names(f"{number:06}.png" for number in numbers)
-    arrays = [
-        scene(seed, number, most=1, pairs=(PAIRS[target],))[0] for number, target in zip(numbers, targets, strict=True)
-    ]
-    return Samples(names, targets, arrays=arrays)
+def _single(seed: int, first: int, each: int, pairs: tuple[Pair, ...], choices: tuple[Pair, ...]) -> Samples:
+    """Images of one object each, of every pair equally many; their classes count among the choices."""
+    shown = [(first + i * len(PAIRS) + PAIRS.index(pair), pair) for pair in pairs for i in range(each)]
+    names = Names(f"{number:06}.png" for number, _ in shown)
+    arrays = [scene(seed, number, most=1, pairs=(pair,))[0] for number, pair in shown]
+    return Samples(names, np.array([choices.index(pair) for _, pair in shown]), arrays=arrays)
 
 
-def _objects(seed: int, held_out: float, settings: ObjectSettings) -> Splits:
+def _objects(seed: int, held_out: float, told: ObjectSettings) -> Splits:
     """Scenes of one object, whose class is its colour and its shape."""
     chosen = {"all": PAIRS, "seen": tuple(pair for pair in PAIRS if pair not in UNSEEN), "unseen": UNSEEN}
-    pairs, classes = chosen[settings.pairs], tuple(" ".join(pair) for pair in PAIRS)
+    pairs = chosen[told.pairs]
+    choices = PAIRS if told.choices == "all" else pairs
     first = MOST_IMAGES + HELD_OUT  # behind those of scenes, so that no ground is in both
-    val = _single(seed, first, SINGLE_HELD_OUT, pairs)
-    train = _single(seed, first + SINGLE_HELD_OUT * len(PAIRS), SINGLE, pairs)
-    counts = f"{len(train)} images to learn from and {len(val)} others to judge by are drawn by seed {seed}"
-    return Splits(ImageSet(classes, train), ImageSet(classes, val), "builtin:objects", [counts], drawn=True)
+    val = _single(seed, first, SINGLE_HELD_OUT, pairs, choices)
+    train = _single(seed, first + SINGLE_HELD_OUT * len(PAIRS), SINGLE, pairs, choices)
+    notes = [f"{len(train)} images to learn from and {len(val)} others to judge by are drawn by seed {seed}"]
+    classes = tuple(" ".join(pair) for pair in choices)
+    return Splits(ImageSet(classes, train), ImageSet(classes, val), "builtin:objects", notes, drawn=True)
 
 
 BUILTIN = {
