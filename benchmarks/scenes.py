@@ -4,8 +4,8 @@
 
 Each task is learned by `sightline train builtin:scenes:images=16000 --task TASK --minutes M`, told nothing else, and
 judged on the 500 scenes that it has not seen. `clip` learns from scenes of one or two objects, and is also judged on
-single ones, asked for by colour and shape: those that were shown, the six pairs that were not, and these again among all
-thirty. Prints every answer as JSON; models and reports stay in the folder.
+single ones, asked for by colour and shape: those that were shown, the six pairs that were not, and these again among
+all thirty. Prints every answer as JSON; models and reports stay in the folder.
 """
 
 import argparse
