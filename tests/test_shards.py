@@ -418,7 +418,7 @@ def test_shards_that_are_damaged(tmp_path: Path) -> None:
     assert "it is not a regular file" in fault(tmp_path)
 
 
-@settings(max_examples=max(settings().max_examples // 4, 10))
+@settings(max_examples=max(settings().max_examples // 8, 10))
 @given(
     st.lists(st.tuples(st.integers(0, 2**20), st.binary(min_size=1, max_size=12)), max_size=3), st.integers(0, 12_000)
 )

@@ -272,7 +272,8 @@ def stock(files: ShardFiles, seed: int) -> Stock:
         sets = gathered.image_sets(content)
         if not gathered.names:
             raise UserError(f"no images in {sum(map(len, files.parts.values())):,} shards")
-        splits = divided(gathered, content, sets, seed, HELD_OUT) if content is not None else None
+        if content is not None and not any(finding.severity == "error" for finding in findings):
+            splits = divided(gathered, content, sets, seed, HELD_OUT)
     except UserError as fault:
         if not any(finding.severity == "error" for finding in findings):
             findings.append(Finding("unusable", str(fault)))
