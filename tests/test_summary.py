@@ -9,8 +9,7 @@ from sightline.errors import UserError
 from sightline.network import create_model
 from sightline.objectives.simmim import SimMIM, SimMIMConfig
 from sightline.objectives.summary import Summary, joined
-from sightline.recipes.pretraining import PUBLISHED, SMALL, chosen
-from sightline.recipes.recipe import Facts
+from sightline.recipes.pretraining import PUBLISHED, SMALL
 from sightline.types import Batch
 
 MASKED = ["mae", "masked-patch", "simmim", "beit"]
@@ -63,11 +62,3 @@ def test_a_pyramid_tells_areas_of_its_last_stage():
     index = torch.arange(2)
     taught(Batch(torch.randn(2, 3, 32, 48), index, index, index)).loss.backward()
     assert taught.summary.gates.grad.all(dim=1).all()
-
-
-def test_small_pictures_are_cropped_less_by_the_small_dino():
-    tiny, usual = (chosen("small", "dino", Facts(900, 0, size), None, {}) for size in ((8, 8), (48, 80)))
-    assert tiny.options["global_scale"] == (0.7, 1.0)
-    assert tiny.settings.batch_size == 64
-    assert usual.options["global_scale"] == (0.5, 1.0)
-    assert usual.settings.batch_size == 32

@@ -8,7 +8,7 @@ from sightline.errors import UserError, suggest
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, describe
-from sightline.recipes.from_scratch import SMALLEST, from_scratch
+from sightline.recipes.from_scratch import from_scratch
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.registry import variant
 from sightline.training.settings import Settings
@@ -61,7 +61,7 @@ SMALL: Mapping[str, Scale] = {
         views=60_000,
         network={"global_pool": "avg"},
         augment={"brightness": 0.4, "contrast": 0.4, "grey": 0.2},
-        settings={**_CALM, **_MUON, "clip_grad": 3.0, "clip_each": True, "min_lr": 0.01},
+        settings={**_CALM, **_MUON, "batch_size": 64, "clip_grad": 3.0, "clip_each": True, "min_lr": 0.01},
         options={
             "prototypes": 256,
             "hidden_dim": 256,
@@ -72,7 +72,7 @@ SMALL: Mapping[str, Scale] = {
             "momentum": 0.99,
             "centring": "sinkhorn",
             "koleo": 0.1,
-            "global_scale": (0.5, 1.0),
+            "global_scale": (0.7, 1.0),
             "local_crops": 0,
             "colour": 0.0,
         },
@@ -160,14 +160,11 @@ def small(objective: str, facts: Facts, model: str | None, overrides: Mapping[st
     plain = {"smoothing": 0.0, "mixup": 0.0, "epochs": float(length)}
     flips = {"horizontal_flip": facts.mirroring.horizontal / 2, "vertical_flip": facts.mirroring.vertical / 2}
     kept = {} if objective in ("supervised", "distill", "noisy-student", "dino") else _still(base.augment)
-    options = dict(scale.options)
-    if objective == "dino" and min(facts.size) < SMALLEST:  # halves of so few pixels have no more in common
-        options["global_scale"], settings["batch_size"] = (0.7, 1.0), min(64, max(facts.images // 4, 2)) // 2 * 2
     return replace(
         base.told({**plain, **settings}, {**kept, **flips, **scale.augment}),
         name=f"{objective}, small",
         objective=objective,
-        options=options,
+        options=dict(scale.options),
         reasons=(*base.reasons[:2], f"{length:g} epochs show it {length * facts.images:,.0f} images"),
     )
 
