@@ -6,8 +6,11 @@ import torch.nn.functional as F
 
 from objectives import batch, objective
 from sightline.errors import UserError
+from sightline.network import create_model
+from sightline.objectives.simmim import SimMIM, SimMIMConfig
 from sightline.objectives.summary import Summary, joined
 from sightline.recipes.pretraining import PUBLISHED, SMALL
+from sightline.types import Batch
 
 MASKED = ["mae", "masked-patch", "simmim", "beit"]
 
@@ -49,3 +52,13 @@ def test_published_runs_have_no_summary_and_small_ones_have(name):
     assert SMALL[name].options["summary"] > 0
     with pytest.raises(UserError, match="summary must not be negative"):
         objective(name, summary=-1.0)
+
+
+def test_a_pyramid_tells_areas_of_its_last_stage():
+    size = {"image_size": (32, 48), "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "window_size": 4}
+    network = create_model("swin_tiny_patch4_window7_224", 0, **size)
+    taught = SimMIM(network, SimMIMConfig(0.5, summary=1.0)).train()
+    assert taught.summary(torch.zeros(1, 48)).shape == (1, 24, 8 * 8 * 3)
+    index = torch.arange(2)
+    taught(Batch(torch.randn(2, 3, 32, 48), index, index, index)).loss.backward()
+    assert taught.summary.gates.grad.all(dim=1).all()

@@ -30,7 +30,7 @@ class BEiTConfig:
     """The settings of `BEiT`: about `mask_ratio` of the patches are hidden, in blocks.
 
     `codebook` names the model that calls patches by words, as `load` takes it; empty, one is learned first on the same
-    images. Raises UserError for a value out of range.
+    images. `summary` is the weight of the loss of `Summary`. Raises UserError for a value out of range.
     """
 
     codebook: str = ""

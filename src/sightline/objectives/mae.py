@@ -26,8 +26,8 @@ class MAEConfig:
     """The settings of `MAE`; the defaults are those of the paper.
 
     `mask_ratio` of the patches are hidden; `norm_pix` sets each patch's pixels to mean 0 and variance 1 before they are
-    asked for. The decoder is a Vision Transformer of `decoder_dim`, a multiple of 4 and of `decoder_heads`. Raises
-    UserError for values out of range.
+    asked for. The decoder is a Vision Transformer of `decoder_dim`, a multiple of 4 and of `decoder_heads`. `summary`
+    is the weight of the loss of `Summary`. Raises UserError for values out of range.
     """
 
     mask_ratio: float = 0.75

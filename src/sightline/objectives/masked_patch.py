@@ -31,7 +31,8 @@ class MaskedPatchConfig:
     """The settings of `MaskedPatch`; the defaults are those of the paper.
 
     `mask_ratio` of the patches are asked for; of these `hidden` give way to the mask token and `exchanged` to another
-    patch of the same image, and the rest stay. Raises UserError for values out of range.
+    patch of the same image, and the rest stay. `summary` is the weight of the loss of `Summary`. Raises UserError for
+    values out of range.
     """
 
     mask_ratio: float = 0.5

@@ -18,7 +18,10 @@ from sightline.types import Batch, Step
 
 @dataclass(frozen=True)
 class SimMIMConfig:
-    """The settings of `SimMIM`: `mask_ratio` of the areas are hidden. Raises UserError for a value out of range."""
+    """The settings of `SimMIM`: `mask_ratio` of the areas are hidden.
+
+    `summary` is the weight of the loss of `Summary`. Raises UserError for a value out of range.
+    """
 
     mask_ratio: float = 0.6
     summary: float = 0.0
