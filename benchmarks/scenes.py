@@ -2,7 +2,7 @@
 
     python benchmarks/scenes.py [--minutes 15] [--tasks detect segment clip] [--seed 0] [--out runs/scenes-benchmark]
 
-Each task is learned by `sightline train builtin:scenes:images=16000 --task TASK --minutes M`, told nothing else, and
+Each task is learned by `sightline train builtin:scenes:images=20000 --task TASK --minutes M`, told nothing else, and
 judged on the 500 scenes that it has not seen. `clip` learns from scenes of one or two objects, and is also judged on
 single ones, asked for by colour and shape: those that were shown, the six pairs that were not, and these again among
 all thirty. Prints every answer as JSON; models and reports stay in the folder.
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--tasks", nargs="+", default=["detect", "segment", "clip"])
-    parser.add_argument("--images", type=int, default=16_000, help="scenes to learn from")
+    parser.add_argument("--images", type=int, default=20_000, help="scenes to learn from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/scenes-benchmark"))
     told = parser.parse_args()

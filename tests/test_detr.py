@@ -14,7 +14,9 @@ from sightline.checkpoints.load import load_bundle
 from sightline.checkpoints.resnet import TorchvisionResNet, TransformersResNet
 from sightline.heads.detect import Detected, found, original
 from sightline.heads.matching import Targets, corners, detection_loss, generalized_iou, match
+from sightline.images.preprocess import Preprocess
 from sightline.layers.positions import sine_positions
+from sightline.model import Model, load
 from sightline.network import count_parameters, create_model, describe
 from sightline.types import Placement, Tokens
 
@@ -282,3 +284,12 @@ def test_boxes_begin_where_their_patches_stand():
     wanted = torch.tensor([[x, y] for y in (1 / 4, 3 / 4) for x in (1 / 6, 1 / 2, 5 / 6)])
     torch.testing.assert_close(output.boxes[0, :, :2], wanted)
     assert corners(output.boxes).shape == (1, 6, 4)
+
+
+def test_a_network_that_has_hardly_learned_is_saved_and_read(tmp_path):
+    settings = {"image_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "queries_from": "patches"}
+    network = create_model("vit_tiny_patch16_224", 5, task="detect", **settings).eval()
+    assert not network.head.box.fc3.weight.any()
+    Model(network, Preprocess(size=(32, 32)), list("abcde"), "detect").save(tmp_path / "model")
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(load(tmp_path / "model").network(pixels).boxes, network(pixels).boxes)
