@@ -130,8 +130,8 @@ def as_float(tensor: Tensor, named: str, where: str, may_be_zero: bool = True) -
 _AT_ZERO = re.compile(
     r"^head\.(anchor|box\.fc3|(distillation_)?classifier)\.|\.(attention\.out|mlp\.fc2|last_norm)\.weight$|(?<!\.weight)$"
 )
-"""What is rightly zero: new classifiers, boxes that begin where their tokens stand, residual branches that start closed,
-and whatever is no weight (biases …)."""
+"""What is rightly zero: new classifiers, boxes that begin where their tokens stand, residual branches that start
+closed, and whatever is no weight (biases …)."""
 
 
 def _on_disk(rule: Rule, shapes: Mapping[str, torch.Size]) -> Iterable[tuple[str, torch.Size]]:
