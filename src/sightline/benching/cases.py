@@ -86,13 +86,15 @@ class Table:
 
 
 def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
-    """Prepared pixels to logits, as `predict` computes them, beside the same network of others."""
+    """Prepared pixels to logits, as `predict` computes long jobs, beside the same network of others."""
     architecture = describe(plan.model, CLASSES)
     flops = 2 * count_macs(architecture)
     model = _model(create_model(plan.model, CLASSES))
     for precision in plan.precisions:
         others, notes = _others(plan, architecture, DTYPES[precision])
-        predictor = model.predictor(device=str(plan.device), precision=precision, batch_size=max(plan.batch_sizes))
+        predictor = model.predictor(
+            device=str(plan.device), precision=precision, batch_size=max(plan.batch_sizes), pack=True
+        )
         images = _noise(predictor, max(plan.batch_sizes))
         for batch in plan.batch_sizes:
             own = images[:batch]
