@@ -106,6 +106,7 @@ def test_orders_in_lanes_are_answered_as_they_are_alone(tmp_path, monkeypatch):
                 answers[header["id"]] = (header["status"], json.loads(body))
             ours.shutdown(socket.SHUT_RDWR)
             thread.join(10)
+            at_work.pool.shutdown()
         return answers
 
     orders, parts = [], []

@@ -142,11 +142,15 @@ def _watched(forward, lengths):
     return watched
 
 
-def test_depth_that_is_dropped_for_whole_images_keeps_them_on_a_canvas():
+def test_what_goes_by_images_keeps_them_on_a_canvas():
     network = small("vit", drop_path_rate=0.5)
     assert network.backbone.eval().joins
     assert not network.backbone.train().joins
     assert not small("vit", positions="relative").backbone.joins
+    backbone = small("vit").backbone
+    with backbone.encoder.blocks[1].attention.register_forward_pre_hook(lambda *_: None):
+        assert not backbone.joins
+    assert backbone.joins
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -327,9 +327,11 @@ class ViT(Backbone):
         """Whether images of unlike sizes go through the encoder one behind the other, without what fills them up.
 
         Depth that is dropped at random is dropped for a whole image, which a sequence of several is not; relative
-        positions are made on the canvas.
+        positions are made on the canvas; and whoever looks into the encoder finds a row for each image.
         """
-        return not self.relative and not (self.training and self.config.drop_path_rate > 0)
+        random = self.training and self.config.drop_path_rate > 0
+        watched = any(part._forward_pre_hooks or part._forward_hooks for part in self.encoder.modules())
+        return not (self.relative or random or watched)
 
     def _through_one_sequence(self, x: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """The encoder and the norm for the real tokens alone; zeros for what fills up (arXiv 2307.06304)."""
