@@ -15,8 +15,9 @@ from sightline.types import each
 MOST = 4
 """Lanes at most: a request in a lane takes about as many times as long as it would on all cores."""
 
-GAIN = 0.95
-"""Lanes are taken where an image takes less than this share of the time that it takes without."""
+ENOUGH = 1.05
+"""Lanes are taken where an image takes less than so many times what it takes without: under load, when readers and the
+event loop want the cores too, an image on all cores is held up more than was seen when nothing else was there."""
 
 _ROUNDS, _PATIENCE = 3, 0.5  # images to each measurement, and the seconds that it should take
 
@@ -34,7 +35,7 @@ class Lanes(NamedTuple):
 
 
 def measured(predictor: Predictor, *, apart: bool) -> Lanes:
-    """The faster of both ways, by a few answers; lanes only where every number is the same to the last bit.
+    """The better of both ways, by a few answers; lanes only where every number is the same to the last bit.
 
     An image alone is cut into small pieces of work, and all cores wait for the slowest after each of them; in lanes
     nobody waits. How a sum is cut among threads may change its last digits, and `predict` has all threads: a network of
@@ -66,7 +67,7 @@ def measured(predictor: Predictor, *, apart: bool) -> Lanes:
         beside = (time.perf_counter() - began) / (rounds * count)
     torch.set_num_threads(threads)
     same = all(_bits(output) == _bits(alone) for output in found)
-    return Lanes(count, share, threads, beside) if same and beside < GAIN * seconds else one
+    return Lanes(count, share, threads, beside) if same and beside < ENOUGH * seconds else one
 
 
 def _timed(compute: Callable[[], Any], times: int) -> tuple[float, Any]:
