@@ -43,6 +43,7 @@ class Outcome:
     wrong: int = 0
     lost: int = 0
     without_retry: int = 0
+    closed: int = 0
     spent: float = 0.0
 
     @property
@@ -60,7 +61,8 @@ class Outcome:
             f"{self.answered} answered, {self.answered / self.spent / capacity:.0%} of capacity; p50 {waits[0]:.2f} s, "
             f"p99 {waits[1]:.2f} s; {len(self.refused)} refused, p50 {refusals[0] * 1000:.1f} ms, p99 "
             f"{refusals[1] * 1000:.1f} ms, {self.without_retry} without Retry-After; {self.wrong} wrong, "
-            f"{self.lost} lost"
+            f"{self.lost} lost, "
+            f"{self.closed} asked again because their idle line had been closed"
         )
 
 
@@ -140,9 +142,17 @@ class Client:
             line = idle.pop() if idle else None
             try:
                 line = await self.one(i, line, outcome)
-            except (OSError, asyncio.IncompleteReadError):
-                outcome.lost += 1
-                return
+            except (OSError, asyncio.IncompleteReadError) as fault:
+                if line is None or getattr(fault, "partial", b""):
+                    outcome.lost += 1
+                    return
+                # The server had closed a line that stood idle, as any may: clients then ask on a new one.
+                outcome.closed += 1
+                try:
+                    line = await self.one(i, None, outcome)
+                except (OSError, asyncio.IncompleteReadError):
+                    outcome.lost += 1
+                    return
             if line is not None:
                 idle.append(line)
 
