@@ -1,7 +1,9 @@
 """Where a network computes, and with how many bits."""
 
+import platform
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sightline.errors import UserError, printable
@@ -66,6 +68,15 @@ def computing_with(threads: int | None) -> Generator[None]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+def described_processor() -> list[str]:
+    """What the system says of the processor: its name and what it can do, a line each."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return [platform.processor()]
+    return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
 
 
 def out_of_memory(fault: BaseException) -> bool:

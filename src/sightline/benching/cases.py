@@ -24,7 +24,7 @@ from sightline.device import out_of_memory
 from sightline.images.preprocess import Preprocess
 from sightline.inference.predictor import Predictor, Ready
 from sightline.model import Model
-from sightline.network import Architecture, Network, count_macs, create_model, describe
+from sightline.network import Architecture, Network, count_macs, count_parameters, create_model, describe
 from sightline.objectives.supervised import Supervised
 from sightline.training.distributed import World
 from sightline.training.settings import Settings
@@ -102,7 +102,7 @@ def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
             contenders = [Contender(OURS, partial(predictor.compute, own, features=False))]
             contenders += [Contender(name, _passing(other, given)) for name, other in others.items()]
             timed = take_turns(contenders, plan.rounds)
-            sizes = [_parameters(model.network), *map(_parameters, others.values())]
+            sizes = [count_parameters(model.network), *map(count_parameters, others.values())]
             title = f"forward, {plan.model}, batches of {batch}, {precision}"
             rows = _rows(timed, sizes, batch, flops, machine.products[precision])
             yield Table("forward", title, batch, precision, rows, notes=notes)
@@ -128,7 +128,7 @@ def training(plan: Plan, machine: Machine) -> Iterator[Table]:
             for name, other in others.items()
         ]
         timed = take_turns(contenders, plan.rounds)
-        sizes = [_parameters(network), *map(_parameters, others.values())]
+        sizes = [count_parameters(network), *map(count_parameters, others.values())]
         title = f"training, {plan.model}, batches of {batch}, {precision}"
         rows = _rows(timed, sizes, batch, flops, machine.products[precision])
         yield Table("training", title, batch, precision, rows, notes=notes)
@@ -235,10 +235,6 @@ def _noise(predictor: Predictor, count: int) -> list[Ready]:
     pictures = np.random.default_rng(0).integers(0, 256, (count, *predictor.preprocess.size, 3), dtype=np.uint8)
     prepared = [predictor.prepare(picture) for picture in pictures]
     return [one for one in prepared if isinstance(one, Ready)]
-
-
-def _parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _others(plan: Plan, architecture: Architecture, dtype: torch.dtype) -> tuple[dict[str, nn.Module], list[str]]:

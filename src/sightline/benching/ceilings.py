@@ -5,11 +5,11 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from sightline.device import described_processor
 from sightline.inference.packed import PackedLinear, packs
 
 SHAPES = ((1576, 768, 3072), (1576, 3072, 768), (2048, 2048, 2048))
@@ -86,9 +86,5 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _processor() -> str:
-    try:
-        rows = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(row.partition(":")[2].strip() for row in rows if row.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    named = [line.partition(":")[2].strip() for line in described_processor() if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as once
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from sightline.device import described_processor
 from sightline.errors import UserError, WorkError
 from sightline.evaluation.cache import Cache, folder
 from sightline.evaluation.features import weights_digest
@@ -138,21 +138,19 @@ class Bench:
 @once
 def machine() -> list[Any]:
     """What speeds depend on besides the model: the processor, how much of it this process has, and the libraries."""
-    return [platform.machine(), _processor(), available(), torch.get_num_threads(), sys.version_info[:2], *_versions()]
+    return [
+        platform.machine(),
+        "\n".join(described_processor()),
+        available(),
+        torch.get_num_threads(),
+        sys.version_info[:2],
+        *_versions(),
+    ]
 
 
 def available() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    named = (line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-    return "\n".join(sorted(set(named)))
 
 
 def _versions() -> list[str]:
