@@ -15,6 +15,7 @@ from sightline.backbones.backbone import Backbone
 from sightline.errors import printable
 from sightline.layers.attention import Apart, Attention
 from sightline.layers.canvas import on_canvas, real_pixels, real_tokens
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import Bias, Block, Encoder
 from sightline.layers.positions import RESAMPLERS, LearnedPositions, resample_table
 from sightline.layout import Rule, Shapes, TimmLayout, fused, one, same
@@ -87,7 +88,7 @@ class TalkingHeads(Attention):
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, drop: float = 0.0, out_drop: float = 0.0):
         super().__init__(width, heads, qkv_bias=qkv_bias, drop=drop, out_drop=out_drop)
-        self.before, self.after = nn.Linear(heads, heads), nn.Linear(heads, heads)
+        self.before, self.after = Dense(heads, heads), Dense(heads, heads)
 
     def forward(
         self,

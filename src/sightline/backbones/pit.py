@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sightline.backbones.backbone import Backbone
 from sightline.errors import printable
 from sightline.layers.canvas import on_canvas, real_pixels, real_tokens
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import DropPath, Encoder
 from sightline.layers.positions import RESAMPLERS, LearnedPositions, resample_table
 from sightline.registry import Variant
@@ -92,7 +93,7 @@ class Pooling(nn.Module):
     def __init__(self, inside: int, outside: int):
         super().__init__()
         self.convolution = nn.Conv2d(inside, outside, kernel_size=3, stride=2, padding=1, groups=inside)
-        self.dense = nn.Linear(inside, outside)
+        self.dense = Dense(inside, outside)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens on half as many rows and columns, rounded up; what a mask hides counts as outside the image."""

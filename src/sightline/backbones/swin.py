@@ -16,6 +16,7 @@ from sightline.backbones.backbone import Backbone
 from sightline.errors import printable
 from sightline.layers.attention import Attention
 from sightline.layers.canvas import on_canvas, real_tokens
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import ACTIVATIONS, DropPath, Mlp
 from sightline.layers.positions import RELATIVE_RESAMPLERS, RelativePositions, resample_relative
 from sightline.layers.windows import Grid, Padding, Windows
@@ -149,7 +150,7 @@ class PatchMerging(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * width, eps=1e-5)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Dense(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b r2 c2 d2"]:
         rows, columns = x.shape[1:3]

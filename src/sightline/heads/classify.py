@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sightline.layers.dense import Dense
 from sightline.schema import require
 from sightline.types import Area, Placement, Prediction, Score, Step, Tokens
 
@@ -58,11 +59,11 @@ class ClassifyHead(nn.Module):
         pooled = 2 * width if config.global_pool == "both" else width
         features = self.width = config.pre_logits or pooled
         self.norm = nn.LayerNorm(pooled, eps=config.norm_eps) if config.fc_norm else nn.Identity()
-        self.pre_logits = nn.Linear(pooled, features) if config.pre_logits else None
+        self.pre_logits = Dense(pooled, features) if config.pre_logits else None
         self.drop = nn.Dropout(config.drop_rate)
-        self.classifier = nn.Linear(features, config.num_classes) if config.num_classes else None
+        self.classifier = Dense(features, config.num_classes) if config.num_classes else None
         second = config.distilled and config.num_classes > 0
-        self.distillation_classifier = nn.Linear(features, config.num_classes) if second else None
+        self.distillation_classifier = Dense(features, config.num_classes) if second else None
         self.renew()
 
     def features(self, tokens: Tokens) -> Float[Tensor, "b d"]:

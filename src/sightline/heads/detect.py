@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sightline.heads.matching import NOBODY, Targets, corners, detection_loss
 from sightline.layers.attention import Attention
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import Mlp
 from sightline.layers.positions import sine_positions
 from sightline.schema import require
@@ -163,7 +164,7 @@ class BoxMlp(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)
+        self.fc1, self.fc2, self.fc3 = Dense(width, width), Dense(width, width), Dense(width, 4)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... 4"]:
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
@@ -185,14 +186,14 @@ class DetectHead(nn.Module):
         super().__init__()
         self.config = config
         own = config.hidden_dim
-        self.projection = nn.Linear(width, own)
+        self.projection = Dense(width, own)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(own)
         learned = config.queries_from == "learned"
         self.queries = nn.Parameter(torch.randn(config.queries, own)) if learned else None
-        self.anchor = None if learned else nn.Linear(own, 4)
-        self.classifier = nn.Linear(own, config.num_classes + 1)
+        self.anchor = None if learned else Dense(own, 4)
+        self.classifier = Dense(own, config.num_classes + 1)
         self.box = BoxMlp(own)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "queries" and not parameter.is_meta:

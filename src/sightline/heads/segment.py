@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8, UInt16
 from PIL import Image
 from torch import Tensor, nn
 
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import Encoder
 from sightline.schema import require
 from sightline.types import Area, Gaze, Placement, Reply, Score, Step, Tokens
@@ -102,13 +103,13 @@ class SegmentHead(nn.Module):
         self.config = config
         linear, parts = config.decoder == "linear", config.cells**2
         outputs = config.num_classes * parts
-        self.classifier = nn.Linear(width, outputs) if linear else None
+        self.classifier = Dense(width, outputs) if linear else None
         self.decoder = None
         if not linear:
             heads = config.decoder_heads or max(width // 64, 1)
             require(width % heads == 0, f"the decoder's width {width} is not a multiple of its {heads} heads")
             block: dict[str, Any] = {"width": width, "heads": heads, "hidden": 4 * width, "drop": config.drop_rate}
-            self.projection = nn.Linear(width, width)
+            self.projection = Dense(width, width)
             self.class_tokens = nn.Parameter(torch.randn(1, config.num_classes, width) * 0.02)
             self.decoder = (
                 Encoder(config.decoder_layers, eps=config.norm_eps, **block) if config.decoder_layers else None
@@ -117,7 +118,7 @@ class SegmentHead(nn.Module):
             self.patch_projection = nn.Parameter(torch.randn(width, width) * width**-0.5)
             self.class_projection = nn.Parameter(torch.randn(width, width) * width**-0.5)
             self.mask_norm = nn.LayerNorm(config.num_classes, eps=config.norm_eps)
-            self.split = nn.Linear(width, parts * width) if parts > 1 else None
+            self.split = Dense(width, parts * width) if parts > 1 else None
             nn.init.trunc_normal_(self.class_tokens, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear) and not module.weight.is_meta:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sightline.backbones.text import TextTower
 from sightline.errors import printable
 from sightline.heads.classify import most_probable
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import ACTIVATIONS
 from sightline.schema import require
 from sightline.types import Area, Placement, Prediction, Tokens
@@ -94,7 +95,7 @@ class ClipHead(nn.Module):
     def __init__(self, config: ClipConfig, width: int):
         super().__init__()
         self.config = config
-        self.projection = nn.Linear(width, config.projection_dim, bias=False)
+        self.projection = Dense(width, config.projection_dim, bias=False)
         self.text = TextTower(
             config.text_width,
             depth=config.text_depth,
@@ -106,7 +107,7 @@ class ClipHead(nn.Module):
             activation=config.text_activation,
             eps=config.text_norm_eps,
         )
-        self.text_projection = nn.Linear(config.text_width, config.projection_dim, bias=False)
+        self.text_projection = Dense(config.text_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))

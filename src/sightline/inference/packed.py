@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.layers.attention import Attention
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import Mlp
 
 _INSIDE = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -127,7 +128,7 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     for name, part in module.named_children():
         if type(part) is Mlp and part.activation in _INSIDE:
             setattr(module, name, PackedMlp(part, dtype))
-        elif type(part) is nn.Linear:
+        elif isinstance(part, nn.Linear) and type(part) in (nn.Linear, Dense):
             setattr(module, name, PackedLinear(part, dtype))
         else:
             _pack(part, dtype)

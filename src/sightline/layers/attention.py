@@ -9,6 +9,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.layers.dense import Dense, dense
+
 LARGEST_MAP = 2**20
 """Numbers of one attention map up to which it may be written out: beyond 1024 tokens the fused kernel is no slower."""
 
@@ -58,11 +60,11 @@ class Attention(nn.Module):
         assert width % heads == 0, f"width {width} is not a multiple of {heads} heads"
         self.heads = heads
         self.drop = drop
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias and key_bias)
+        self.qkv = Dense(width, 3 * width, bias=qkv_bias and key_bias)
         apart = qkv_bias and not key_bias
         self.q_bias = nn.Parameter(torch.zeros(width)) if apart else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if apart else None
-        self.out = nn.Linear(width, width)
+        self.out = Dense(width, width)
         self.out_drop = nn.Dropout(out_drop)
 
     def project(
@@ -70,7 +72,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h m k"], Float[Tensor, "b h m k"]]:
         """Queries, keys and values of each head. Keys default to the queries' tokens, values to the keys'."""
         if key is None and value is None:
-            mixed = self.qkv(query) if self.q_bias is None else F.linear(query, self.qkv.weight, self._bias())
+            mixed = self.qkv(query) if self.q_bias is None else dense(query, self.qkv.weight, self._bias())
             q, k, v = rearrange(mixed, "b n (three h k) -> three b h n k", three=3, h=self.heads)
             return q, k, v
         key = query if key is None else key
@@ -78,7 +80,7 @@ class Attention(nn.Module):
         bias = self._bias()
         biases = bias.chunk(3) if bias is not None else (None, None, None)
         parts = zip((query, key, value), self.qkv.weight.chunk(3), biases, strict=True)
-        q, k, v = (rearrange(F.linear(x, w, b), "b n (h k) -> b h n k", h=self.heads) for x, w, b in parts)
+        q, k, v = (rearrange(dense(x, w, b), "b n (h k) -> b h n k", h=self.heads) for x, w, b in parts)
         return q, k, v
 
     def _bias(self) -> Float[Tensor, " n"] | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sightline.layers.attention import Apart, Attention
+from sightline.layers.dense import Dense
 from sightline.layers.merging import Crowd, merge
 
 ACTIVATIONS = {
@@ -32,8 +33,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, activation: str = "gelu", drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Dense(width, hidden)
+        self.fc2 = Dense(hidden, width)
         self.activation = activation
         self.drop = nn.Dropout(drop)
 
@@ -49,8 +50,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden // 2, width)
+        self.fc1 = Dense(width, hidden)
+        self.fc2 = Dense(hidden // 2, width)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:

@@ -15,6 +15,7 @@ from sightline.errors import UserError
 from sightline.images.augment import Augment
 from sightline.images.masks import blockwise
 from sightline.images.preprocess import Preprocess
+from sightline.layers.dense import Dense
 from sightline.network import Network
 from sightline.objectives.codebook import MEAN, STD, usage
 from sightline.objectives.masked_patch import bound, plain
@@ -83,7 +84,7 @@ class BEiT(Objective):
         self.hidden = int(self.grid[0] * self.grid[1] * config.mask_ratio + 1e-9)
         require(self.hidden > 0, f"a mask_ratio of {config.mask_ratio} hides no patch of {self.grid[0]}×{self.grid[1]}")
         self.mask_token = mask_token(network.architecture.backbone.embed_dim)
-        self.word = nn.Linear(network.backbone.width, words.vocabulary)
+        self.word = Dense(network.backbone.width, words.vocabulary)
         nn.init.trunc_normal_(self.word.weight, std=0.02)
         nn.init.zeros_(self.word.bias)
         cells = self.grid[0] * self.grid[1]

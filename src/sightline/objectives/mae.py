@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sightline.backbones.vit import ViT
 from sightline.errors import UserError
 from sightline.images.masks import noise
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import Encoder
 from sightline.layers.positions import FixedPositions
 from sightline.network import Network
@@ -52,12 +53,12 @@ class Decoder(nn.Module):
     def __init__(self, width: int, grid: tuple[int, int], prefix: int, values: int, config: MAEConfig):
         super().__init__()
         self.grid, self.prefix, inner = grid, prefix, config.decoder_dim
-        self.embed = nn.Linear(width, inner)
+        self.embed = Dense(width, inner)
         self.mask_token = mask_token(inner)
         self.positions = FixedPositions(inner, grid, prefix=prefix)
         self.encoder = Encoder(config.decoder_depth, width=inner, heads=config.decoder_heads, hidden=4 * inner)
         self.norm = nn.LayerNorm(inner, eps=1e-6)
-        self.pixels = nn.Linear(inner, values)
+        self.pixels = Dense(inner, values)
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 nn.init.xavier_uniform_(part.weight)

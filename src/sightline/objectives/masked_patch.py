@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sightline.images.augment import Augment, Augmented
 from sightline.images.masks import noise
 from sightline.images.preprocess import Preprocess
+from sightline.layers.dense import Dense
 from sightline.network import Network
 from sightline.objectives.masking import at, cut, headless, mask_token, replaced, require_one_token_each
 from sightline.objectives.objective import Objective
@@ -71,7 +72,7 @@ class MaskedPatch(Objective):
         self.asked = int(cells * config.mask_ratio)
         require(self.asked > 0 and cells > 1, f"a mask_ratio of {config.mask_ratio} hides none of {cells} patches")
         self.mask_token = mask_token(shape.embed_dim)
-        self.colour = nn.Linear(network.backbone.width, LEVELS**shape.in_chans)
+        self.colour = Dense(network.backbone.width, LEVELS**shape.in_chans)
         nn.init.xavier_uniform_(self.colour.weight)
         nn.init.zeros_(self.colour.bias)
         colours = self.colour.out_features

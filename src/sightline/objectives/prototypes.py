@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.layers.dense import Dense, dense
+
 
 class PrototypeHead(nn.Module):
     """Features to the logits of prototypes (arXiv 2104.14294, section 3.1 and appendix C).
@@ -16,18 +18,18 @@ class PrototypeHead(nn.Module):
     def __init__(self, width: int, prototypes: int, *, hidden: int, bottleneck: int, fixed_length: bool = True):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            Dense(width, hidden), nn.GELU(), Dense(hidden, hidden), nn.GELU(), Dense(hidden, bottleneck)
         )
         for part in self.mlp:
             if isinstance(part, nn.Linear):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
-        self.last = nn.Linear(bottleneck, prototypes, bias=False)
+        self.last = Dense(bottleneck, prototypes, bias=False)
         self.scale = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not fixed_length)
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         rows = F.normalize(self.last.weight, dim=1, eps=0.0) * self.scale
-        return F.linear(F.normalize(self.mlp(features), dim=-1), rows)
+        return dense(F.normalize(self.mlp(features), dim=-1), rows)
 
 
 def cross_entropy(

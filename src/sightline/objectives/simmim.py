@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from torch import nn
 
 from sightline.errors import UserError
 from sightline.images.masks import noise
+from sightline.layers.dense import Dense
 from sightline.network import Network
 from sightline.objectives.masking import cut, headless, hidden_tokens, mask_token, require_patches
 from sightline.objectives.objective import Objective
@@ -66,7 +66,7 @@ class SimMIM(Objective):
         )
         self.mask_token = mask_token(shape.embed_dim)
         values = self.area[0] * self.area[1] * shape.in_chans
-        self.pixels = nn.Linear(network.backbone.width, values)
+        self.pixels = Dense(network.backbone.width, values)
         self.summary = Summary(network.head.width, self.grid[0] * self.grid[1], values) if config.summary else None
 
     def forward(self, batch: Batch) -> Step:

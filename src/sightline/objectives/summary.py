@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.layers.dense import Dense
+
 
 class Summary(nn.Module):
     """The features of an image to an answer for each of its patches: a bottleneck beside an objective with masks.
@@ -23,9 +25,9 @@ class Summary(nn.Module):
 
     def __init__(self, width: int, cells: int, values: int, hidden: int = 128):
         super().__init__()
-        self.inner = nn.Linear(width, hidden)
+        self.inner = Dense(width, hidden)
         self.gates = nn.Parameter(torch.empty(cells, hidden))
-        self.answer = nn.Linear(hidden, values)
+        self.answer = Dense(hidden, values)
         nn.init.normal_(self.gates)
         for part in (self.inner, self.answer):
             nn.init.xavier_uniform_(part.weight)

@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sightline.layers.dense import Dense
 from sightline.layers.encoder import Mlp
 from sightline.registry import Variant
 from sightline.schema import from_json, require
@@ -71,7 +72,7 @@ class TokensToToken(nn.Module):
         layer = TokenPerformer if given.attention == "performer" else TokenTransformer
         self.attention1 = layer(in_chans * 7 * 7, given.token_dim, drop=given.drop)
         self.attention2 = layer(given.token_dim * 3 * 3, given.token_dim, drop=given.drop)
-        self.projection = nn.Linear(given.token_dim * 3 * 3, width)
+        self.projection = Dense(given.token_dim * 3 * 3, width)
         self.apply(_truncated)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -112,8 +113,8 @@ class TokenTransformer(nn.Module):
         super().__init__()
         self.scale = inside**-0.5
         self.norm1 = nn.LayerNorm(inside, eps=_EPS)
-        self.qkv = nn.Linear(inside, 3 * width, bias=self.qkv_bias)
-        self.out = nn.Linear(width, width)
+        self.qkv = Dense(inside, 3 * width, bias=self.qkv_bias)
+        self.out = Dense(width, width)
         self.norm2 = nn.LayerNorm(width, eps=_EPS)
         self.mlp = Mlp(width, width)
         self.drop = nn.Dropout(drop)

@@ -9,6 +9,7 @@ from torch import nn
 
 from sightline.device import free_memory, out_of_memory
 from sightline.errors import WorkError
+from sightline.layers.dense import fast_products
 from sightline.layers.encoder import rows_of
 from sightline.objectives.objective import Objective
 from sightline.training import optimizer as optimizers
@@ -115,7 +116,8 @@ class Updater:
             part = batch.part(begin, begin + size).to(self.world.device)
             share = len(part.index) / mine
             torch.manual_seed((self.settings.seed << 32) + step)
-            with rows_of(start + begin, whole, len(part.index)), self._alone(begin + size < mine):
+            alone, fast = self._alone(begin + size < mine), fast_products(not self.settings.compile)
+            with rows_of(start + begin, whole, len(part.index)), alone, fast:
                 with self._autocast():
                     result = self.model(part)
                 self.scaler.scale(result.loss * share * weight).backward()
