@@ -6,8 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import sightline
 from sightline.layers import dense as room
 from sightline.layers.dense import Dense, DenseProduct, dense, fast_products, multiplies
+from sightline.objectives.supervised import Supervised
+from sightline.training.distributed import World
+from sightline.training.settings import Settings
+from sightline.training.update import Updater
+from sightline.types import Batch
 
 
 @pytest.fixture
@@ -84,6 +90,18 @@ def test_leaves_alone_what_it_is_not_for() -> None:
     with fast_products(False):
         assert not by_onednn(dense(x, weight, None))
     assert not by_onednn(dense(x, weight, None))
+
+
+@pytest.mark.usefixtures("slow_processor")
+def test_an_update_multiplies_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, product = [], room._product
+    monkeypatch.setattr(room, "_product", lambda x, *rest: (shapes.append(x.shape), product(x, *rest))[1])
+    settings = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    network = sightline.create_model("vit_tiny_patch16_224", 5, 16, **settings)
+    updater = Updater(Supervised(network), Settings(batch_size=2), World(0, 1, torch.device("cpu")), torch.float32)
+    index = torch.arange(2)
+    updater(Batch(torch.randn(2, 3, 16, 16), index, index, index), 0, 1e-3)
+    assert len(shapes) == 3 * 5  # qkv, out, two of the MLP and the classifier, each with two gradients
 
 
 def test_other_processors_keep_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
