@@ -29,6 +29,7 @@ from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
 from sightline.evaluation.knn import knn_accuracy
+from sightline.layers.dense import fast_products
 from sightline.recipes.pretrain import pretrain
 from sightline.types import Batch
 
@@ -269,7 +270,8 @@ def in_turn(what: str, sides: dict[str, tuple[Any, Callable[[], Tensor]]], round
         for name, (_, loss) in sides.items():
             began = time.perf_counter()
             steppers[name].zero_grad()
-            loss().backward()
+            with fast_products():  # as every update has them
+                loss().backward()
             steppers[name].step()
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - began)
