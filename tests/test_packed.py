@@ -77,6 +77,23 @@ class TestParts:
         written = attention(query), attention(query, key, bias=hidden)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(fused, written, strict=True))
 
+    def test_what_learns_in_bf16_has_the_gradients_of_the_kernel(self, monkeypatch):
+        attention, query = Attention(12, 3), torch.randn(2, 5, 12)
+        bias = torch.randn(1, 3, 5, 5)
+        found = []
+        for written in (False, True):
+            monkeypatch.setattr("sightline.layers.attention.writes_maps_out", lambda *_, now=written: now)
+            attention.zero_grad()
+            attention(query, bias=bias).square().sum().backward()
+            found.append([p.grad.clone() for p in attention.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+    def test_dropout_of_the_map_where_it_is_written_out(self, monkeypatch):
+        monkeypatch.setattr("sightline.layers.attention.writes_maps_out", lambda *_: True)
+        attention, query = Attention(12, 3, drop=1.0), torch.randn(2, 5, 12)
+        assert torch.equal(attention(query), attention.out.bias.expand(2, 5, 12))
+        assert not torch.equal(attention.eval()(query), attention.out.bias.expand(2, 5, 12))
+
     def test_a_map_that_is_too_large_is_not_written_out(self, monkeypatch):
         attention = Attention(12, 3).eval()
         attention.fused = False

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sightline.layers.attention import Attention
+from sightline.layers.attention import Attention, writes_maps_out
 from sightline.layers.dense import Dense
 from sightline.layers.encoder import Mlp
 
@@ -33,14 +33,6 @@ def computes_bf16() -> bool:
     """Whether this processor multiplies bf16 itself; emulated, it is slower than fp32."""
     told = (getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(told) and packs(torch.bfloat16)
-
-
-def writes_maps_out(dtype: torch.dtype) -> bool:
-    """Whether attention is faster as three products than in torch's fused kernel.
-
-    Measured in bf16 with AVX-512 and without AMX, where the kernel multiplies in fp32.
-    """
-    return dtype == torch.bfloat16 and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def packed(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

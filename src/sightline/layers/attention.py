@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from sightline.layers.dense import Dense, dense
 
+CPU = torch.device("cpu")
 LARGEST_MAP = 2**20
 """Numbers of one attention map up to which it may be written out: beyond 1024 tokens the fused kernel is no slower."""
+
+
+def writes_maps_out(dtype: torch.dtype, device: torch.device = CPU) -> bool:
+    """Whether attention is faster as three products than in torch's fused kernel.
+
+    Measured in bf16 with AVX-512 and without AMX, where the kernel multiplies in fp32: two to six times, both ways.
+    """
+    return dtype == torch.bfloat16 and device.type == "cpu" and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Attention(nn.Module):
     `bias`, which is added to the logits (minus infinity hides a key). `Apart` in its place keeps images apart that
     share a sequence.
 
-    `fused` may be set to False where the processor is faster with the map written out: the same sums, in another order.
+    `fused` may be set to False for inference where the map written out is faster; while the network learns,
+    `writes_maps_out` decides. These are the same sums, in another order.
     """
 
     fused = True
@@ -114,8 +124,9 @@ class Attention(nn.Module):
         return self.out_drop(self.out(rearrange(mixed, "b h n k -> b n (h k)")))
 
     def _of_values(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Float[Tensor, "b h n k"]:
-        if not (self.fused or self.training) and q.shape[-2] * k.shape[-2] <= LARGEST_MAP:
-            return self._map(q, k, bias) @ v
+        written = writes_maps_out(q.dtype, q.device) if self.training else not self.fused
+        if written and q.shape[-2] * k.shape[-2] <= LARGEST_MAP:
+            return F.dropout(self._map(q, k, bias), self.drop, self.training) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.drop if self.training else 0.0)
 
     def weights(
