@@ -1,5 +1,6 @@
 """What computes a job: the fastest way whose answers are the model's, and nothing that cannot be trusted."""
 
+import importlib.util
 import os
 import threading
 from collections import Counter
@@ -45,8 +46,15 @@ def speeds(monkeypatch):
     monkeypatch.setattr(Bench, "seconds", seconds)
     monkeypatch.setattr(choosing, "computes_bf16", lambda: True)
     monkeypatch.setattr("sightline.inference.predictor.computes_bf16", lambda: True)
-    monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: None)
+    installed(monkeypatch, None)
     return table
+
+
+def installed(monkeypatch, found):
+    """As if the other runtimes were there, or none were; what else is looked for is found as ever."""
+    real = importlib.util.find_spec
+    programs = choosing.MODULE.values()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: found if name in programs else real(name, *at))
 
 
 def images(number: int = 60) -> list[np.ndarray]:
@@ -130,7 +138,7 @@ class TestChoice:
                 raise WorkError("the exported program is not the model")
             return plain.altered(pack=False)
 
-        monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: True)
+        installed(monkeypatch, True)
         monkeypatch.setattr("sightline.inference.speeds.through", through)
         assert choose(predictor(), images(), precision="fp32", cache=cache).predictor.pack
         assert made == []

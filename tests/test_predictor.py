@@ -19,6 +19,7 @@ from sightline.errors import UserError, WorkError
 from sightline.images.preprocess import Preprocess
 from sightline.inference.files import expand, to_json, write_csv
 from sightline.inference.predictor import Answer, Predictor
+from sightline.layers.dense import fast_products
 from sightline.network import create_model
 from sightline.types import Prediction, Score
 
@@ -54,7 +55,7 @@ class TestAnswers:
     def test_the_answer_is_that_of_the_network_alone(self):
         model = predictor()
         [answer] = model.predict([image(3)])
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products():
             expected = model.network(PREPROCESS(image(3))[None]).softmax(1)[0]
         assert answer.prediction.index == int(expected.argmax())
         assert answer.prediction.label == LABELS[answer.prediction.index]

@@ -9,6 +9,7 @@ from torch import nn
 
 from sightline.device import free_memory, out_of_memory
 from sightline.errors import WorkError
+from sightline.layers.dense import fast_products
 from sightline.types import Batch
 
 
@@ -93,6 +94,7 @@ def weigh(
     return measure
 
 
+@fast_products()
 def computed(
     compute: Callable[..., Any], batch: Batch, device: torch.device, most: int
 ) -> tuple[list[tuple[Batch, Any]], int]:

@@ -18,6 +18,7 @@ from sightline.images.decode import ImageError, Source
 from sightline.images.preprocess import Preprocess
 from sightline.inference.packed import computes_bf16, packed, packs
 from sightline.inference.reading import readers
+from sightline.layers.dense import fast_products
 from sightline.types import Placement, Reply, each, finite
 
 
@@ -181,6 +182,7 @@ class Predictor:
         try:
             with (
                 computing_with(self.cores),
+                fast_products(),
                 torch.inference_mode(),
                 torch.autocast(self.device.type, self.precision, enabled=halved),
             ):

@@ -1,7 +1,8 @@
-"""Dense layers, multiplied by oneDNN while a network learns on a processor where what PyTorch calls is slower."""
+"""Dense layers, multiplied by oneDNN on processors where what PyTorch calls is slower."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from sightline.device import described_processor
 
-_fast = False
-"""Whether products go to oneDNN now; see `fast_products`."""
+_fast = ContextVar("fast", default=False)
+"""Whether this thread's products go to oneDNN; see `fast_products`."""
 
 
 class Dense(nn.Linear):
@@ -28,9 +29,10 @@ def dense(
     x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "... o"]:
     """X Wᵀ + b, of tensors."""
-    if _fast and not torch.is_autocast_enabled("cpu") and all(map(_single, (x, weight, bias))):
-        return DenseProduct.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    compiled = torch.compiler.is_compiling()  # or exported
+    if compiled or not _fast.get() or torch.is_autocast_enabled("cpu") or not all(map(_single, (x, weight, bias))):
+        return F.linear(x, weight, bias)
+    return DenseProduct.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
 
 
 @contextmanager
@@ -38,15 +40,14 @@ def fast_products(wanted: bool = True) -> Generator[None]:
     """Dense layers in fp32 are multiplied by oneDNN inside, forward and backward, where this processor gains by it.
 
     The sums are the same but for their order. PyTorch hands these products to MKL, which reaches half of what AMD's
-    processors with AVX-512 can do; elsewhere, on other devices and in lower precision nothing changes. This is a rule
-    and no measurement, because a run that is resumed has to go the same way.
+    processors with AVX-512 can do; elsewhere, on other devices, in lower precision and compiled, nothing changes. It is
+    a rule and no measurement, so that one machine gives one answer, and a resumed run the same bits.
     """
-    global _fast
-    before, _fast = _fast, wanted and halved_by_mkl() and multiplies()
+    before = _fast.set(wanted and halved_by_mkl() and multiplies())
     try:
         yield
     finally:
-        _fast = before
+        _fast.reset(before)
 
 
 @cache
