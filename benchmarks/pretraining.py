@@ -1,11 +1,11 @@
 """What learning without labels gives: tables of features, of labels saved, of speed, and of teachers.
 
-    python benchmarks/pretraining.py features [--sets digits shapes] [--only mae dino] [--seeds 3] [--minutes 1]
+    python benchmarks/pretraining.py features [--sets digits photographs] [--only mae dino] [--seeds 3] [--minutes 1]
     python benchmarks/pretraining.py labels | teachers | speed …
 
 Every figure is of held-out images. `features`: nearest neighbours (k = 20) and ten labels a class, of raw pixels, of
 the same network with random weights, and of the network that an objective taught. `labels`: training with ten labels a
-class from random weights and from each. `teachers`: a student with a distillation token, with and without its teacher.
+class from random weights, from those that ship, and from each. `teachers`: a student with a distillation token, with and without its teacher.
 `speed`: ratios, both sides in turn in one process.
 """
 
@@ -34,6 +34,7 @@ from sightline.recipes.pretrain import pretrain
 from sightline.types import Batch
 
 SHOTS = 10
+SHIPPED = "builtin:tiny"
 OBJECTIVES = ["mae", "beit", "masked-patch", "simmim", "dino"]
 
 
@@ -121,15 +122,15 @@ def labels(request: argparse.Namespace, home: Path) -> None:
             few = home / f"{name}-few-{seed}"
             write_images(splits.train.select(np.sort(np.array(chosen))), few / "train")
             write_images(splits.val, few / "val")
-            for start in ["scratch", *request.only]:
-                given: dict[str, Any] = {}
-                if start != "scratch":
+            for start in ["scratch", SHIPPED, *request.only]:
+                given: dict[str, Any] = {"weights": SHIPPED} if start == SHIPPED else {}
+                if start in OBJECTIVES:
                     given["weights"] = home / f"{name}-{start}-{seed}"
                     if not given["weights"].exists():
                         pretrain(
                             data, objective=start, out=given["weights"], seed=seed, minutes=request.minutes, workers=0
                         )
-                out = home / f"{name}-{start}-{seed}-tuned"
+                out = home / f"{name}-{start.rpartition(':')[2]}-{seed}-tuned"
                 done = sightline.train(few, out=out, seed=seed, minutes=request.minutes, workers=0, **given)
                 rows.setdefault((name, start), []).append(done.metrics["top1"])
                 print(f"{name} from {start} seed {seed}: {done.metrics['top1']:.4f}", flush=True)
@@ -289,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {"features": compare, "labels": labels, "speed": speed, "teachers": teachers}
     parser.add_argument("table", choices=tables)
-    parser.add_argument("--sets", nargs="+", default=["digits", "shapes"], choices=small_sets.SETS)
+    parser.add_argument("--sets", nargs="+", default=["digits", "photographs"], choices=small_sets.SETS)
     parser.add_argument("--only", nargs="+", default=OBJECTIVES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=1.0)
