@@ -5,8 +5,8 @@
 
 Every figure is of held-out images. `features`: nearest neighbours (k = 20) and ten labels a class, of raw pixels, of
 the same network with random weights, and of the network that an objective taught. `labels`: training with ten labels a
-class from random weights, from those that ship, and from each. `teachers`: a student with a distillation token, with and without its teacher.
-`speed`: ratios, both sides in turn in one process.
+class from random weights, from those that ship, and from each. `teachers`: a student with a distillation token, with
+and without its teacher. `speed`: ratios, both sides in turn in one process.
 """
 
 import argparse
