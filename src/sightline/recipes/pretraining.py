@@ -56,7 +56,9 @@ SMALL: Mapping[str, Scale] = {
         settings={**_CALM, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.0, "ema": None},
         options={"kl_weight": 0.0, "use_weight": 20.0, "standardised": True, "decoder_dim": 32},
     ),
-    "beit": Scale(network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"summary": 1.0}),
+    "beit": Scale(
+        network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.2, "summary": 3.0}
+    ),
     "dino": Scale(
         views=60_000,
         network={"global_pool": "avg"},
