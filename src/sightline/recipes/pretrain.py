@@ -112,7 +112,7 @@ def pretrain(
         size = {} if image_size is None else {"image_size": image_size}
         plan = _planned(splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options)
         found = _learned_first(data, plan, options, folder, machine, {**told, **settings})
-        plan = replace(plan, options=plan.options | found)
+        plan = replace(plan, options={**plan.options, **found})
     with ExitStack() as held:
         world = join(pick_device(device))
         held.callback(leave)
