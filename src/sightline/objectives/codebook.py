@@ -122,7 +122,7 @@ class Codebook(Objective):
         """Where `standardised`, every code's logit gets the mean 0 and the deviation 1 over the cells of these images.
 
         (Weight normalisation's initialisation from data, 1602.07868, section 3.) Random weights after a ReLU, whose
-        values have a mean, give some codes large logits everywhere, and these are what the decoder learns to read.
+        values have a mean, give some codes larger logits than others everywhere, which `use_weight` then has to undo.
         """
         if self.config.standardised:
             logits = rearrange(self.network.backbone(pixels).x, "b n k -> (b n) k").float()
