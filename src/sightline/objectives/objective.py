@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
@@ -55,6 +56,12 @@ class Objective(nn.Module, ABC):
     def views(self, augment: Augment, preprocess: Preprocess) -> Callable[..., Any]:
         """How a training image becomes what `forward` reads: a function of the image and a key (see `Transform`)."""
         return augment.bind(preprocess)
+
+    def prepare(self, pixels: Float[Tensor, "b c h w"]) -> None:
+        """Called before the first update with some training images as evaluation sees them, to begin in their measure.
+
+        Called again where a run goes on, before its state is read. Every process is given the same images.
+        """
 
     def before_update(self, progress: float) -> None:
         """Called before the loss of an update is computed, with the share of the run that is done, 0 to 1.

@@ -32,6 +32,9 @@ from sightline.schema import from_json, require
 CACHE = ".teacher.safetensors"
 """The teacher's answers in the folder of a run; hidden, so that the folder still counts as empty."""
 
+FEW = 64
+"""Images that an objective is prepared with."""
+
 _TIMM = "timm:"
 
 
@@ -50,7 +53,13 @@ def made(recipe: Recipe, network: Network, splits: Splits, folder: Path, device:
         given["answers"] = targets_of(_known(splits.train, config, folder, device), config.kind)
     elif hasattr(config, "teacher"):
         given["answers"] = answers(config.teacher, splits.train, folder, device)
-    return kind(network, config, **given)
+    objective = kind(network, config, **given)
+    if kind.prepare is not Objective.prepare:
+        few = splits.train.select(np.linspace(0, len(splits.train) - 1, min(FEW, len(splits.train))).astype(int))
+        for _, batch, _ in OrderedLoader(few, recipe.preprocess, batch_size=FEW):
+            if batch is not None:
+                objective.prepare(batch.pixels)
+    return objective
 
 
 def gathered(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> Splits:

@@ -26,7 +26,7 @@ from sightline.network import Network
 from sightline.objectives.objective import Objective
 from sightline.recipes.autopilot import sharing
 from sightline.recipes.ingredients import gathered, made
-from sightline.recipes.pretraining import chosen
+from sightline.recipes.pretraining import beside, chosen
 from sightline.recipes.recipe import Recipe, facts
 from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
 from sightline.recipes.train import Trained, train
@@ -42,6 +42,9 @@ from sightline.training.vitals import spread
 
 NEIGHBOURS = 4000
 """Training images that are known to the nearest-neighbour classifier, evenly taken: enough to judge by."""
+
+SHARE = 1 / 3
+"""The part of a run's minutes in which the model that it learns first is taught."""
 
 WORKERS_WAIT = 64
 """Images of a batch of evaluation, at least."""
@@ -105,7 +108,11 @@ def pretrain(
         folder.require_fresh()
         machine = {"device": device, "quiet": quiet}
         told = {"model": model, "image_size": image_size, "recipe": recipe, "network": network, "augment": augment}
-        options |= _learned_first(data, objective, options, folder, machine, {**told, **settings})
+        splits = open_images(data, seed=int(settings.get("seed", 0)))
+        size = {} if image_size is None else {"image_size": image_size}
+        plan = _planned(splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options)
+        found = _learned_first(data, plan, options, folder, machine, {**told, **settings})
+        plan = replace(plan, options={**plan.options, **found})
     with ExitStack() as held:
         world = join(pick_device(device))
         held.callback(leave)
@@ -119,11 +126,6 @@ def pretrain(
             record["recipe"] = plan.to_json()
         else:
             record = {}
-            splits = open_images(data, seed=int(settings.get("seed", 0)))
-            size = {} if image_size is None else {"image_size": image_size}
-            plan = _planned(
-                splits, objective, recipe, model, {**(network or {}), **size}, settings, augment or {}, options
-            )
             plan = sharing(plan, plan.architecture.build(), len(splits.train), world)
         hold(held, folder, world, plan, resume=resume)
         splits = gathered(plan, splits, folder.path, world.device)
@@ -142,21 +144,24 @@ def home(data: str | Path, objective: str, out: str | Path | None) -> RunFolder:
 
 def _learned_first(
     data: str | Path,
-    objective: str,
+    plan: Recipe,
     options: Mapping[str, Any],
     folder: RunFolder,
     machine: Mapping[str, Any],
     told: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Models that an objective needs and that the user names none of, learned beside `folder` before it begins.
+    """Models that a planned run needs and that the user names none of, learned beside `folder` before it begins.
 
-    A run that was stopped goes on, and one that is finished is used as it is.
+    A run that was stopped goes on, and one that is finished is used as it is. Of a run by the clock they take `SHARE`.
     """
+    objective = plan.objective
     kind: type[Objective] = find("objectives", "OBJECTIVES", objective, "objective")
     found: dict[str, Any] = {}
     for option, other in kind.first.items():
         if not options.get(option):
-            few = {name: told[name] for name in ("seed", "epochs", "image_size", *RETOLD) if name in told}
+            few = {name: told[name] for name in ("seed", "epochs", *RETOLD) if name in told}
+            few |= {"minutes": told["minutes"] * SHARE} if told.get("minutes") else {}
+            few["image_size"] = beside(other, plan.architecture)
             found[option] = _finished(folder, other, data, other, {**machine, **few})
     rounds = options.get("rounds", 1)
     require(type(rounds) is int and rounds > 0, f"rounds has to be a positive whole number, not {printable(rounds)}")
@@ -169,11 +174,11 @@ def _learned_first(
 
 def _finished(folder: RunFolder, what: str, data: str | Path, objective: str, rest: Mapping[str, Any]) -> str:
     """The model directory of a run beside a folder, which is begun, or gone on with, where it is not finished."""
-    beside = RunFolder(folder.path.with_name(f"{folder.path.name}-{what}"))
-    begun = beside.record_file.is_file()
-    if not begun or beside.read().get("status") != "finished":
-        pretrain(data, objective=objective, out=beside.path, resume=begun, **rest)
-    return str(beside.path)
+    near = RunFolder(folder.path.with_name(f"{folder.path.name}-{what}"))
+    begun = near.record_file.is_file()
+    if not begun or near.read().get("status") != "finished":
+        pretrain(data, objective=objective, out=near.path, resume=begun, **rest)
+    return str(near.path)
 
 
 def _planned(

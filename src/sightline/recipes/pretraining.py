@@ -53,10 +53,12 @@ SMALL: Mapping[str, Scale] = {
         views=20_000,
         model="dvae_small_4_32",
         augment=_GENTLE,
-        settings={**_CALM, "lr": 3e-3, "weight_decay": 0.0, "ema": None},
-        options={"kl_weight": 0.0, "decoder_dim": 32},
+        settings={**_CALM, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.0, "ema": None},
+        options={"kl_weight": 0.0, "use_weight": 20.0, "standardised": True, "decoder_dim": 32},
     ),
-    "beit": Scale(network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"summary": 1.0}),
+    "beit": Scale(
+        network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.2, "summary": 3.0}
+    ),
     "dino": Scale(
         views=60_000,
         network={"global_pool": "avg"},
@@ -142,8 +144,7 @@ def small(objective: str, facts: Facts, model: str | None, overrides: Mapping[st
     minutes = None
     network = {**scale.network, **overrides}
     if scale.model is not None and model is None:
-        usual = from_scratch(facts, tokenizer="patch").architecture.backbone
-        size = network.pop("image_size", usual.image_size)
+        size = network.pop("image_size", None) or beside(objective, from_scratch(facts, tokenizer="patch").architecture)
         architecture = describe(scale.model, facts.classes, size, **network)
         base = from_scratch(facts, model=scale.model, minutes=minutes, image_size=size)
         base = replace(base, architecture=architecture, preprocess=_contract(architecture, base.preprocess))
@@ -167,6 +168,16 @@ def small(objective: str, facts: Facts, model: str | None, overrides: Mapping[st
         options=dict(scale.options),
         reasons=(*base.reasons[:2], f"{length:g} epochs show it {length * facts.images:,.0f} images"),
     )
+
+
+def beside(objective: str, other: Architecture) -> tuple[int, int]:
+    """Pixels (height, width) at which the small network of an objective has a cell for each token of another network.
+
+    So large an image is what a codebook gets to read beside a network that learns its words, and all that it costs.
+    """
+    step = describe(str(SMALL[objective].model)).backbone.patch_size
+    grid = other.lay_out().backbone.grid_of(other.backbone.image_size)
+    return grid[0] * step[0], grid[1] * step[1]
 
 
 def published(objective: str, facts: Facts, model: str | None, overrides: Mapping[str, Any]) -> Recipe:

@@ -89,8 +89,8 @@ def codebook_collapse(chart: Chart) -> Finding | None:
         chart.step,
         "error",
         f"patches are called by one entry of the codebook ({fmean(seen):.2f} in use), and nothing is left to guess",
-        "Learn the codebook anew, with --kl-weight above 0, a smaller learning rate, or a longer fall of its "
-        "temperature (--anneal 1); or name another (--codebook).",
+        "Learn the codebook anew, with --use-weight 20 and --standardised true, a smaller learning rate, or a longer "
+        "fall of its temperature (--anneal 1); or name another (--codebook).",
     )
 
 
