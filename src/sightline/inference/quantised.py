@@ -90,21 +90,16 @@ def calibrated(network: nn.Module, batches: Iterable[Float[Tensor, "b 3 h w"]]) 
     """
     copy = packed(network, torch.bfloat16)
     layers = {name: part for name, part in copy.named_modules() if isinstance(part, PackedLinear)}
-    met = {name: _Met() for name, part in layers.items() if part.weight.numel() >= SMALL}
-    hooks = [layers[name].register_forward_pre_hook(partial(_look, seen)) for name, seen in met.items()]
-    backbone = next((part for name, part in copy.named_modules() if name.endswith("backbone")), None)
-    head = () if backbone is None else {id(part) for part in backbone.modules()}
+    met = {name: _Met() for name, part in layers.items() if part.weight.numel() >= SMALL and _in_backbone(name)}
+    hooks = [layers[name].register_forward_pre_hook(seen) for name, seen in met.items()]
     with torch.inference_mode():
         for pixels in batches:
             copy(pixels)
         for hook in hooks:
             hook.remove()
         inside = _read_inside(copy)
-        return {
-            name: _best(layers[name].weight.float(), seen, name not in inside)
-            for name, seen in met.items()
-            if seen.rows and id(layers[name]) in head and math.isfinite(seen.low + seen.high)
-        }
+        found = {name: seen.best(layers[name].weight.float(), name not in inside) for name, seen in met.items()}
+    return {name: grid for name, grid in found.items() if grid is not None}
 
 
 def quantised(network: nn.Module, grids: Grids) -> nn.Module:
@@ -267,53 +262,52 @@ def _join_norms(block: nn.Module) -> None:
 
 
 class _Met:
-    """What a layer has read: the ends of all of it and of each channel, and some of its tokens."""
+    """What a layer has read: the least and the largest number of each channel, and some of its tokens."""
 
     def __init__(self) -> None:
-        self.low, self.high = 0.0, 0.0
-        self.channels: Tensor | None = None
+        self.lows: Tensor | None = None
+        self.highs: Tensor | None = None
         self.rows: list[Tensor] = []
         self.kept = 0
 
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].float().flatten(0, -2)
+        lows, highs = x.aminmax(dim=0)
+        self.lows = lows if self.lows is None else torch.minimum(self.lows, lows)
+        self.highs = highs if self.highs is None else torch.maximum(self.highs, highs)
+        rows = x[:: max(len(x) // 64, 1)][: max(ROWS - self.kept, 0)].bfloat16()
+        if len(rows):
+            self.rows.append(rows)
+            self.kept += len(rows)
 
-def _look(met: _Met, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    x = inputs[0].float().flatten(0, -2)
-    low, high = (float(end) for end in x.aminmax())
-    met.low, met.high = min(low, met.low), max(high, met.high)
-    largest = x.abs().amax(dim=0)
-    met.channels = largest if met.channels is None else torch.maximum(met.channels, largest)
-    rows = x[:: max(len(x) // 64, 1)][: max(ROWS - met.kept, 0)].bfloat16()
-    if len(rows):
-        met.rows.append(rows)
-        met.kept += len(rows)
+    def best(self, weight: Float[Tensor, "o i"], smooth: bool) -> Grid | None:
+        """Of a few grids the one on which a layer's answers lie nearest to its own; None where it was not used."""
+        if self.lows is None or self.highs is None or not (self.lows.isfinite() & self.highs.isfinite()).all():
+            return None
+        rows = torch.cat(self.rows).float()
+        exact = rows @ weight.T
+        found, least = None, math.inf
+        for strength in SMOOTH if smooth else (0.0,):
+            channels = _shares(torch.maximum(self.highs, -self.lows), weight, strength)
+            divisor = torch.ones(()) if channels is None else channels
+            low, high = min(float((self.lows / divisor).min()), 0.0), max(float((self.highs / divisor).max()), 0.0)
+            scales, whole = whole_weights(weight * divisor)
+            near = scales[:, None] * whole / divisor
+            for clip in CLIPS:
+                grid = Grid(clip * low, clip * high, channels)
+                error = float((grid.rounded(rows) @ near.T - exact).square().mean())
+                if error < least:
+                    found, least = grid, error
+        return found
+
+
+def _in_backbone(name: str) -> bool:
+    return "backbone" in name.split(".")
 
 
 def _read_inside(copy: nn.Module) -> set[str]:
     """Layers that read what another layer gives them as whole numbers: their channels have one step."""
     return {f"{name}.fc2" for name, part in copy.named_modules() if isinstance(part, PackedMlp)}
-
-
-def _best(weight: Float[Tensor, "o i"], met: _Met, smooth: bool) -> Grid:
-    """Of a few grids the one on which a layer's answers lie nearest to its own."""
-    assert met.channels is not None
-    rows = torch.cat(met.rows).float()
-    exact = rows @ weight.T
-    found, least = Grid(met.low, met.high), math.inf
-    for strength in SMOOTH if smooth else (0.0,):
-        channels = _shares(met.channels, weight, strength)
-        low, high = met.low, met.high
-        if channels is not None:
-            low, high = (float(end) for end in (rows / channels).aminmax())
-            low, high = min(low, 0.0), max(high, 0.0)
-        scales, whole = whole_weights(weight if channels is None else weight * channels)
-        near = scales[:, None] * whole
-        near = near if channels is None else near / channels
-        for clip in CLIPS:
-            grid = Grid(clip * low, clip * high, channels)
-            error = float((grid.rounded(rows) @ near.T - exact).square().mean())
-            if error < least:
-                found, least = grid, error
-    return found
 
 
 def _shares(read: Float[Tensor, " i"], weight: Float[Tensor, "o i"], strength: float) -> Float[Tensor, " i"] | None:
