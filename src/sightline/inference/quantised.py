@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,7 @@ class QuantisedAttention(Attention):
     def project(
         self, query: Float[Tensor, "b n d"] | UInt8[Tensor, "b n d"], key: Tensor | None, value: Tensor | None
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h m k"], Float[Tensor, "b h m k"]]:
-        assert key is None and value is None, "layers that read two sequences are not in 8 bits"
+        assert key is value is None, "layers that read two sequences are not in 8 bits"
         mixed = rearrange(self.qkv(query), "b n (three h k) -> three b h n k", three=3, h=self.heads)
         q, k, v = mixed.contiguous()  # products of parts that lie apart take twice the time
         return q, k, v
@@ -255,10 +255,10 @@ def _join_norms(block: nn.Module) -> None:
         return
     attention, mlp = block.attention, block.mlp
     if isinstance(attention, QuantisedAttention):
-        block.norm1 = WholeNorm(block.norm1, attention.qkv.grid)
+        block.norm1 = cast(Any, WholeNorm)(block.norm1, attention.qkv.grid)
     first = getattr(mlp, "fc1", None)
     if isinstance(first, QuantisedLinear):
-        block.norm2 = WholeNorm(block.norm2, first.grid)
+        block.norm2 = cast(Any, WholeNorm)(block.norm2, first.grid)
 
 
 class _Met:

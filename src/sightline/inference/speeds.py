@@ -21,11 +21,12 @@ from sightline.inference.predictor import Predictor, Ready
 from sightline.inference.through import through
 from sightline.schema import from_json, require, to_json
 
-Way = Literal["plain", "packed", "bf16", "onnx", "openvino"]
+Way = Literal["plain", "packed", "bf16", "int8", "onnx", "openvino"]
 WAYS: Mapping[Way, str] = {
     "plain": "torch in fp32",
     "packed": "torch in fp32 with packed weights",
     "bf16": "torch in bf16",
+    "int8": "torch in int8",
     "onnx": "ONNX Runtime in fp32",
     "openvino": "OpenVINO in fp32",
 }
@@ -92,6 +93,10 @@ class Bench:
     def keep(self) -> None:
         """Writes down what was learned."""
         self.cache.put(self._key, {}, json.dumps(to_json(self.speeds)))
+
+    def takes(self, way: Way, predictor: Predictor) -> None:
+        """Lets a predictor stand for a way, one that has been calibrated."""
+        self._ready[way] = predictor
 
     def by(self, way: Way) -> Predictor:
         """The predictor that computes this way. Raises UserError or WorkError where it cannot."""
