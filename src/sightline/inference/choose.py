@@ -178,7 +178,6 @@ class _Choice:
 
     def way(self) -> Way:
         """The fastest whose answers are those of plain fp32."""
-        way: Way
         for way in sorted(self.ways, key=self._seconds):
             if way == "plain" or (self._worth(way, "plain") and self._holds(way)):
                 break
@@ -187,12 +186,19 @@ class _Choice:
         if way == "bf16" or self.count * self._seconds(way) < LONG:
             return way
         for other, module in MODULE.items():
-            if other not in self.bench.speeds.refused and importlib.util.find_spec(module) is not None:
-                try:
-                    way = other if self._worth(other, way) else way
-                except (UserError, WorkError) as fault:
-                    self.bench.refuses(other, fault)
+            if importlib.util.find_spec(module) is not None and self._worth_making(other, way):
+                way = other
         return way
+
+    def _worth_making(self, way: Way, than: Way) -> bool:
+        """Whether a program is faster, if it can be made; who failed once is not asked again."""
+        if way in self.bench.speeds.refused:
+            return False
+        try:
+            return self._worth(way, than)
+        except (UserError, WorkError) as fault:
+            self.bench.refuses(way, fault)
+            return False
 
     def _worth(self, way: Way, than: Way) -> bool:
         ours, theirs = self._seconds(way), self._seconds(than)

@@ -1,6 +1,5 @@
 """A network for the processor whose dense layers multiply whole numbers of 8 bits (arXiv 1712.05877, section 2)."""
 
-import math
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
@@ -15,14 +14,8 @@ from sightline.inference.packed import PackedLinear, PackedMlp, packed
 from sightline.layers.attention import LARGEST_MAP, Attention
 from sightline.layers.encoder import Block, Encoder
 
-SMALL = 2**12
+SMALL = 2**13
 """Weights of a layer below which 8 bits are no gain: the heads of talking heads, say."""
-ROWS = 512
-"""Tokens of which a layer's choice is made; its least and largest number are those of all."""
-SMOOTH = (0.0, 0.5, 0.75)
-"""Of the difficulty of unlike channels, how much may go from what a layer reads into its weights: one is chosen."""
-CLIPS = (1.0, 0.9, 0.8, 0.65, 0.5)
-"""Parts of the range that a layer has met which its whole numbers may cover: one is chosen."""
 _LEAST = 1e-12
 
 
@@ -71,22 +64,17 @@ class Grid(NamedTuple):
         """The nearest whole numbers."""
         return _cut(x.float().mul(self.factor()).add_(self.zero + 0.5))
 
-    def rounded(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
-        """What the whole numbers stand for."""
-        values = (self.whole(x).float() - self.zero) * self.step
-        return values if self.channels is None else values * self.channels
-
 
 Grids = Mapping[str, Grid]
 """The grid of each layer by the name of the layer in the packed network."""
 
 
 def calibrated(network: nn.Module, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> dict[str, Grid]:
-    """For every dense layer of the backbone that gains by it, the grid on which it errs least on these images.
+    """The grid of every dense layer of the backbone that is large enough to gain: it covers all that was read.
 
-    What comes out for some of the tokens is compared, in the mean of squares, for a few parts of the range and a few
-    ways to share the unlikeness of channels between the layer and what it reads; the range is that of all tokens. Each
-    layer is judged alone. It is empty where no layer is large enough, or none is dense.
+    Unlike channels are made more alike before: what a layer reads and its weights share their unlikeness evenly
+    (arXiv 2211.10438, equation 4 with α = 0.5), but not where another layer gives whole numbers, which have one step.
+    Layers that read anything but numbers are left out, as those that were not used.
     """
     copy = packed(network, torch.bfloat16)
     layers = {name: part for name, part in copy.named_modules() if isinstance(part, PackedLinear)}
@@ -95,11 +83,14 @@ def calibrated(network: nn.Module, batches: Iterable[Float[Tensor, "b 3 h w"]]) 
     with torch.inference_mode():
         for pixels in batches:
             copy(pixels)
-        for hook in hooks:
-            hook.remove()
-        inside = _read_inside(copy)
-        found = {name: seen.best(layers[name].weight.float(), name not in inside) for name, seen in met.items()}
-    return {name: grid for name, grid in found.items() if grid is not None}
+    for hook in hooks:
+        hook.remove()
+    inside = {f"{name}.fc2" for name, part in copy.named_modules() if isinstance(part, PackedMlp)}
+    return {
+        name: seen.grid(None if name in inside else layers[name].weight.float())
+        for name, seen in met.items()
+        if seen.finite
+    }
 
 
 def quantised(network: nn.Module, grids: Grids) -> nn.Module:
@@ -262,58 +253,29 @@ def _join_norms(block: nn.Module) -> None:
 
 
 class _Met:
-    """What a layer has read: the least and the largest number of each channel, and some of its tokens."""
+    """The least and the largest number of each channel that a layer has read."""
 
     def __init__(self) -> None:
-        self.lows: Tensor | None = None
-        self.highs: Tensor | None = None
-        self.rows: list[Tensor] = []
-        self.kept = 0
+        self.lows = self.highs = torch.zeros(())
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].float().flatten(0, -2)
-        lows, highs = x.aminmax(dim=0)
-        self.lows = lows if self.lows is None else torch.minimum(self.lows, lows)
-        self.highs = highs if self.highs is None else torch.maximum(self.highs, highs)
-        rows = x[:: max(len(x) // 64, 1)][: max(ROWS - self.kept, 0)].bfloat16()
-        if len(rows):
-            self.rows.append(rows)
-            self.kept += len(rows)
+        lows, highs = inputs[0].float().flatten(0, -2).aminmax(dim=0)
+        self.lows, self.highs = torch.minimum(self.lows, lows), torch.maximum(self.highs, highs)
 
-    def best(self, weight: Float[Tensor, "o i"], smooth: bool) -> Grid | None:
-        """Of a few grids the one on which a layer's answers lie nearest to its own; None where it was not used."""
-        if self.lows is None or self.highs is None or not (self.lows.isfinite() & self.highs.isfinite()).all():
-            return None
-        rows = torch.cat(self.rows).float()
-        exact = rows @ weight.T
-        found, least = None, math.inf
-        for strength in SMOOTH if smooth else (0.0,):
-            channels = _shares(torch.maximum(self.highs, -self.lows), weight, strength)
-            divisor = torch.ones(()) if channels is None else channels
-            low, high = min(float((self.lows / divisor).min()), 0.0), max(float((self.highs / divisor).max()), 0.0)
-            scales, whole = whole_weights(weight * divisor)
-            near = scales[:, None] * whole / divisor
-            for clip in CLIPS:
-                grid = Grid(clip * low, clip * high, channels)
-                error = float((grid.rounded(rows) @ near.T - exact).square().mean())
-                if error < least:
-                    found, least = grid, error
-        return found
+    @property
+    def finite(self) -> bool:
+        """Whether the layer was used, and read numbers only."""
+        return self.lows.ndim > 0 and bool((self.lows.isfinite() & self.highs.isfinite()).all())
+
+    def grid(self, weight: Float[Tensor, "o i"] | None) -> Grid:
+        """The grid of all that was read, its channels shared with these weights if there are any."""
+        if weight is None:
+            return Grid(float(self.lows.min()), float(self.highs.max()))
+        read, weighed = torch.maximum(self.highs, -self.lows), weight.abs().amax(dim=0)
+        shares = (read.clamp(min=1e-5) / weighed.clamp(min=1e-5)).sqrt()
+        channels = shares / shares.log().mean().exp()
+        return Grid(float((self.lows / channels).min()), float((self.highs / channels).max()), channels)
 
 
 def _in_backbone(name: str) -> bool:
     return "backbone" in name.split(".")
-
-
-def _read_inside(copy: nn.Module) -> set[str]:
-    """Layers that read what another layer gives them as whole numbers: their channels have one step."""
-    return {f"{name}.fc2" for name, part in copy.named_modules() if isinstance(part, PackedMlp)}
-
-
-def _shares(read: Float[Tensor, " i"], weight: Float[Tensor, "o i"], strength: float) -> Float[Tensor, " i"] | None:
-    """What each channel is divided by: large where what is read is large and the weights are not (arXiv 2211.10438)."""
-    if strength == 0.0:
-        return None
-    largest = weight.abs().amax(dim=0).clamp(min=1e-5)
-    shares = read.clamp(min=1e-5) ** strength / largest ** (1 - strength)
-    return shares / shares.log().mean().exp()
