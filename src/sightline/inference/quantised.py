@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sightline.inference.packed import PackedLinear, PackedMlp, packed
 from sightline.layers.attention import LARGEST_MAP, Attention
-from sightline.layers.encoder import Block, Encoder
+from sightline.layers.encoder import Block
 
 SMALL = 2**13
 """Weights of a layer below which 8 bits are no gain: the heads of talking heads, say."""
@@ -116,9 +116,8 @@ def quantised(network: nn.Module, grids: Grids) -> nn.Module:
             if type(part) is Attention and isinstance(part.qkv, QuantisedLinear):
                 setattr(owner, kind, QuantisedAttention(part))
     for _, part in places:
-        if isinstance(part, Encoder) and not part.merging:
-            for block in part.blocks:
-                _join_norms(block)
+        if type(part) is Block:
+            _join_norms(part)
     return copy
 
 
@@ -128,6 +127,8 @@ class QuantisedLinear(nn.Module):
     `dtype` is that of what it gives; where it is given, `then` is the grid whose whole numbers it gives instead.
     `rows` are factors of the outputs.
     """
+
+    norm: "WholeNorm | None"
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class QuantisedLinear(nn.Module):
         if rows is not None:
             weight, bias = weight * rows[:, None], None if bias is None else bias * rows
         self.layer, self.grid, self.out_features = layer, grid, layer.out_features
-        self.factor = grid.factor()
+        self.factor, self.norm = grid.factor(), None
         scales, whole = whole_weights(weight)
         name, kind = layer.activation
         self.product: Any = partial(
@@ -164,8 +165,14 @@ class QuantisedLinear(nn.Module):
             post_op_algorithm=kind,
         )
 
+    def takes(self, norm: nn.LayerNorm) -> None:
+        """Lets the layer compute the norm before it, in steps of its own."""
+        self.norm = WholeNorm(norm, self.grid)
+
     def forward(self, x: Float[Tensor, "... i"] | UInt8[Tensor, "... i"]) -> Tensor:
-        if x.dtype != torch.uint8:
+        if self.norm is not None:
+            x = self.norm(x)
+        elif x.dtype != torch.uint8:
             x = _cut(x.float().mul(self.factor).add_(self.grid.zero + 0.5))
         return self.product(x)
 
@@ -178,7 +185,7 @@ class QuantisedMlp(nn.Module):
         self.fc1 = QuantisedLinear(mlp.fc1, first, then=second)
         self.fc2 = QuantisedLinear(mlp.fc2, second, torch.float32)
 
-    def forward(self, x: Float[Tensor, "... d"] | UInt8[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         return self.fc2(self.fc1(x))
 
 
@@ -198,7 +205,7 @@ class QuantisedAttention(Attention):
         self.out, self.out_drop = attention.out, attention.out_drop
 
     def project(
-        self, query: Float[Tensor, "b n d"] | UInt8[Tensor, "b n d"], key: Tensor | None, value: Tensor | None
+        self, query: Float[Tensor, "b n d"], key: Tensor | None, value: Tensor | None
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h m k"], Float[Tensor, "b h m k"]]:
         assert key is value is None, "layers that read two sequences are not in 8 bits"
         mixed = rearrange(self.qkv(query), "b n (three h k) -> three b h n k", three=3, h=self.heads)
@@ -240,16 +247,17 @@ def _cut(x: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
     return x.clamp_(0, 255).to(torch.uint8)
 
 
-def _join_norms(block: nn.Module) -> None:
-    """Lets the norms of a block give whole numbers, where only one layer reads what they give."""
-    if type(block) is not Block or block.norm != "pre":
+def _join_norms(block: Block) -> None:
+    """Lets the layers behind the norms of a block compute these, where nothing else reads what they give."""
+    if block.norm != "pre":
         return
-    attention, mlp = block.attention, block.mlp
-    if isinstance(attention, QuantisedAttention):
-        block.norm1 = cast(Any, WholeNorm)(block.norm1, attention.qkv.grid)
-    first = getattr(mlp, "fc1", None)
+    first = getattr(block.mlp, "fc1", None)
+    if isinstance(block.attention, QuantisedAttention):
+        block.attention.qkv.takes(block.norm1)
+        block.norm1 = cast(Any, nn.Identity())
     if isinstance(first, QuantisedLinear):
-        block.norm2 = cast(Any, WholeNorm)(block.norm2, first.grid)
+        first.takes(block.norm2)
+        block.norm2 = cast(Any, nn.Identity())
 
 
 class _Met:
