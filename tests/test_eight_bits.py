@@ -13,6 +13,7 @@ from command import cli, ended, refusal, started
 from sightline.device import pick_precision
 from sightline.errors import UserError
 from sightline.evaluation.cache import Cache
+from sightline.images.preprocess import Preprocess
 from sightline.inference import choose as choosing
 from sightline.inference import eight_bits as bits
 from sightline.inference import quantised as quantising
@@ -30,10 +31,12 @@ from sightline.inference.quantised import (
     multiplies_int8,
     quantised,
 )
+from sightline.inference.zero_shot import ZeroShotNetwork
 from sightline.layers.attention import Attention
 from sightline.layers.encoder import Mlp
 from sightline.model import Model
 from sightline.reports.card import add_section
+from test_clip import small as text_reader
 from test_networks import KINDS, small
 from test_predictor import LABELS, PREPROCESS, image, network, predictor
 
@@ -279,6 +282,18 @@ class TestGate:
     def test_a_processor_without_the_instructions(self, monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
         assert not multiplies_int8.__wrapped__()
+
+    def test_classes_by_name_are_part_of_what_is_known(self, cache):
+        reader, keys = text_reader(), []
+        for labels in (["circle", "square"], ["square", "circle"]):
+            words = torch.randn(2, reader.architecture.head.projection_dim, generator=torch.Generator().manual_seed(7))
+            asked = ZeroShotNetwork(reader, F.normalize(words if labels[0] == "circle" else -words))
+            given = Predictor(asked, Preprocess(reader.architecture.backbone.image_size), labels)
+            found = in_eight_bits(given, pictures(given), agreement=0.1, cache=cache)
+            assert found.measured.layers > 2
+            assert not any("text" in name for name in found.predictor.grids)
+            keys.append(bits._key(given, pictures(given)))
+        assert keys[0] != keys[1]
 
     def test_files_that_cannot_be_read_are_left_out(self, tmp_path):
         (tmp_path / "text.png").write_text("no image")

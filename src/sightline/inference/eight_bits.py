@@ -277,7 +277,7 @@ def _key(predictor: Predictor, pictures: Pictures) -> str:
     """What grids and agreement follow from."""
     digest = hashlib.sha256(json.dumps([predictor.labels, list(pictures.targets)]).encode())
     for name, tensor in predictor.network.named_buffers():  # the texts that classes were named by are no weights
-        digest.update(f"\0{name}".encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"\0{name}".encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     for image in pictures.images:
         digest.update(f"\0{tuple(image.pixels.shape)}".encode() + image.pixels.contiguous().numpy().tobytes())
     network = predictor.network
