@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sightline.device import described_processor
 from sightline.errors import UserError, printable
 from sightline.evaluation.cache import Cache, folder
 from sightline.evaluation.features import weights_digest
@@ -18,7 +20,8 @@ from sightline.evaluation.protocol import Interval, wilson
 from sightline.inference.predictor import Predictor, Ready
 from sightline.inference.quantised import SMALL, Grid, Grids, calibrated, multiplies_int8
 from sightline.inference.reading import readers
-from sightline.inference.speeds import machine
+from sightline.inference.speeds import versions
+from sightline.inference.zero_shot import ZeroShotNetwork
 from sightline.schema import from_json, require, to_json
 
 AGREEMENT = 0.99
@@ -182,11 +185,7 @@ def in_eight_bits(
     else:
         grids, measured = known
     if measured.agreement < agreement:
-        raise UserError(
-            f"8 bits change too many answers: {measured.describe()}; at least {agreement:.2%} is asked for. Compute in "
-            "bf16 (--precision bf16), calibrate on images like those of the job (--calibrate), or allow more changes "
-            f"(--agreement {math.floor(measured.agreement * 1000) / 1000:g})"
-        )
+        raise UserError(refusal(measured, agreement))
     return EightBits(predictor.altered(precision=torch.int8, grids=grids, pack=False), measured, known is not None)
 
 
@@ -200,6 +199,15 @@ def paired(gained: int, lost: int, count: int) -> Interval:
     middle = (better - worse) / total
     spread = 1.959964 * math.sqrt(better + worse - (better - worse) ** 2 / total) / total
     return max(middle - spread, -1.0), min(middle + spread, 1.0)
+
+
+def refusal(measured: Measured, agreement: float) -> str:
+    """Why 8 bits are refused, and what else there is; more changes are offered where most answers stay."""
+    said = f"8 bits change too many answers: {measured.describe()}; at least {agreement:.2%} is asked for. "
+    said += "Compute in bf16 (--precision bf16), or calibrate on more images like those of the job (--calibrate)"
+    if measured.agreement >= 0.9:
+        said += f", or allow more changes (--agreement {math.floor(measured.agreement * 1000) / 1000:g})"
+    return said
 
 
 def _refuse_misfits(predictor: Predictor) -> None:
@@ -281,7 +289,9 @@ def _key(predictor: Predictor, pictures: Pictures) -> str:
     for image in pictures.images:
         digest.update(f"\0{tuple(image.pixels.shape)}".encode() + image.pixels.contiguous().numpy().tobytes())
     network = predictor.network
-    return json.dumps([VERSION, weights_digest(network), network.backbone.merges, digest.hexdigest(), machine()])
+    weights = weights_digest(network.network if isinstance(network, ZeroShotNetwork) else network)
+    where = [platform.machine(), described_processor(), versions()]
+    return json.dumps([VERSION, weights, network.backbone.merges, digest.hexdigest(), where])
 
 
 def _tensors(grids: Grids) -> dict[str, Tensor]:

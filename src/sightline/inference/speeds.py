@@ -149,7 +149,7 @@ def machine() -> list[Any]:
         available(),
         torch.get_num_threads(),
         sys.version_info[:2],
-        *_versions(),
+        *versions(),
     ]
 
 
@@ -158,7 +158,8 @@ def available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
+    """Of the libraries that compute; empty for those that are not installed."""
     found = []
     for name in ("sightline", "torch", "onnxruntime", "openvino"):
         try:
