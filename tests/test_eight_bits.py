@@ -149,12 +149,11 @@ class TestLayers:
         hidden = torch.zeros(2, 1, 1, 7)
         hidden[1, ..., 4:] = -torch.inf
         expected = attention(x, bias=hidden), attention(x)
-        attention.qkv = QuantisedLinear(PackedLinear(attention.qkv, torch.float32), Grid(-4.0, 4.0), torch.float32)
+        attention.qkv, attention.out = (PackedLinear(layer, torch.bfloat16) for layer in (attention.qkv, attention.out))
         attention.fused = fused
-        eight = QuantisedAttention(attention)
+        eight = QuantisedAttention(attention, Grid(-4.0, 4.0), Grid(-1.0, 1.0))
         with torch.inference_mode():
-            eight.out = attention.out.bfloat16()
-            found = eight(x, bias=hidden), eight(x)
+            found = [eight(x, bias=hidden.bfloat16()), eight(x)]
         assert all(torch.allclose(a.float(), b, atol=0.03) for a, b in zip(found, expected, strict=True))
 
 

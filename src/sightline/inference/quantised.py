@@ -101,20 +101,20 @@ def quantised(network: nn.Module, grids: Grids) -> nn.Module:
     and the head stay in fp32, attention maps and convolutions in bf16.
     """
     copy = packed(network, torch.bfloat16)
-    names = {id(part): name for name, part in copy.named_modules()}
-    places = list(copy.named_modules())
-    for name, owner in places:
-        for kind, part in list(owner.named_children()):
-            grid = grids.get(names[id(part)])
-            below = f"{name}.{kind}.fc2" if name else f"{kind}.fc2"
-            if isinstance(part, PackedMlp) and {f"{below[:-1]}1", below} <= grids.keys():
-                setattr(owner, kind, QuantisedMlp(part, grids[f"{below[:-1]}1"], grids[below]))
-            elif isinstance(part, PackedLinear) and grid is not None and not isinstance(owner, QuantisedMlp):
-                setattr(owner, kind, QuantisedLinear(part, grid, torch.float32 if kind == "out" else torch.bfloat16))
-    for _, owner in places:
-        for kind, part in list(owner.named_children()):
-            if type(part) is Attention and isinstance(part.qkv, QuantisedLinear):
-                setattr(owner, kind, QuantisedAttention(part))
+    places, done = list(copy.named_modules()), set[int]()
+    for name, owner in places:  # from the outside to the inside
+        for kind, part in [] if id(owner) in done else list(owner.named_children()):
+            here = f"{name}.{kind}" if name else kind
+            if isinstance(part, PackedMlp) and {f"{here}.fc1", f"{here}.fc2"} <= grids.keys():
+                other: nn.Module = QuantisedMlp(part, grids[f"{here}.fc1"], grids[f"{here}.fc2"])
+            elif type(part) is Attention and f"{here}.qkv" in grids:
+                other = QuantisedAttention(part, grids[f"{here}.qkv"], grids.get(f"{here}.out"))
+            elif isinstance(part, PackedLinear) and here in grids:
+                other = QuantisedLinear(part, grids[here])
+            else:
+                continue
+            setattr(owner, kind, other)
+            done.add(id(part))
     for _, part in places:
         if type(part) is Block:
             _join_norms(part)
@@ -140,12 +140,13 @@ class QuantisedLinear(nn.Module):
         rows: Float[Tensor, " o"] | None = None,
     ):
         super().__init__()
-        weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+        weight = (layer.weight if layer.dense is None else layer.dense).float()
+        bias = None if layer.bias is None else layer.bias.float()
         if grid.channels is not None:
             weight = weight * grid.channels
         if rows is not None:
             weight, bias = weight * rows[:, None], None if bias is None else bias * rows
-        self.layer, self.grid, self.out_features = layer, grid, layer.out_features
+        self.grid, self.out_features = grid, layer.out_features
         self.factor, self.norm = grid.factor(), None
         scales, whole = whole_weights(weight)
         name, kind = layer.activation
@@ -192,17 +193,17 @@ class QuantisedMlp(nn.Module):
 class QuantisedAttention(Attention):
     """Self-attention whose projections are in 8 bits; its map is in bf16, and the queries come scaled."""
 
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: Attention, inner: Grid, outer: Grid | None):
         nn.Module.__init__(self)
-        assert isinstance(attention.qkv, QuantisedLinear)
+        layer, out = cast(PackedLinear, attention.qkv), cast(PackedLinear, attention.out)
         self.heads, self.drop, self.fused = attention.heads, attention.drop, attention.fused
         self.q_bias = self.v_bias = None
-        layer, grid = attention.qkv.layer, attention.qkv.grid
         width = layer.out_features // 3
         rows = torch.ones(layer.out_features)
         rows[:width] = (width // self.heads) ** -0.5
-        self.qkv: Any = QuantisedLinear(layer, grid, rows=rows)
-        self.out, self.out_drop = attention.out, attention.out_drop
+        self.qkv: Any = QuantisedLinear(layer, inner, rows=rows)
+        self.out: Any = out if outer is None else QuantisedLinear(out, outer, torch.float32)
+        self.out_drop = attention.out_drop
 
     def project(
         self, query: Float[Tensor, "b n d"], key: Tensor | None, value: Tensor | None
