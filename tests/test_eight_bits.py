@@ -416,6 +416,7 @@ class TestCommand:
 
     def test_calibrated_noted_and_known_again(self, model, photos, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("SIGHTLINE_CACHE_BYTES", str(2**24))
         words = ("predict", model, photos / "ant", "--precision", "int8", "--calibrate", photos, "--agreement", 0.5)
         first = ended(started(*words, "--json"))
         assert first.status == 0, first.err
