@@ -192,10 +192,8 @@ class _Choice:
 
     def _worth_making(self, way: Way, than: Way) -> bool:
         """Whether a program is faster, if it can be made; who failed once is not asked again."""
-        if way in self.bench.speeds.refused:
-            return False
         try:
-            return self._worth(way, than)
+            return way not in self.bench.speeds.refused and self._worth(way, than)
         except (UserError, WorkError) as fault:
             self.bench.refuses(way, fault)
             return False
