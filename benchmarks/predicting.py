@@ -28,10 +28,12 @@ from transformers import pipeline
 
 import sightline
 from sightline.checkpoints.convert import convert
+from sightline.device import INT8
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import decode
 from sightline.images.preprocess import Preprocess
 from sightline.inference.choose import choose
+from sightline.inference.quantised import calibrated, multiplies_int8
 from sightline.model import Model, load
 
 MODELS = ("vit_base_patch16_224", "vit_small_patch16_224", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
@@ -78,7 +80,8 @@ def ours(model: Model, cache: Cache, **settings: Any) -> Contender:
     """What `sightline predict` does, from paths to labels."""
 
     def run(paths: list[str]) -> list[str]:
-        predictor = model.predictor(device="cpu", top=1, precision=settings.get("precision", "auto"))
+        precision = settings.get("precision", "auto")
+        predictor = model.predictor(device="cpu", top=1, precision="fp32" if precision == INT8 else precision)
         chosen = choose(predictor, paths, cache=cache, **settings)
         run.why = chosen.why
         return [answer.prediction.label for answer in chosen.predictor.predict(chosen.sources)]
@@ -122,6 +125,8 @@ def contenders(name: str, ours_at: Path, theirs_at: Path, room: Path) -> Iterato
         yield f"timm, batches of 16, {workers} workers, bf16", of_timm(name, low, 16, workers)
     yield "sightline, fp32", ours(model, cache, precision="fp32")
     yield "sightline", ours(model, cache)
+    # Random weights have answers that nearly tie: what 8 bits do to answers is measured on trained ones (docs/log.md).
+    yield "sightline, int8", ours(model, cache, precision=INT8, agreement=0.001)
     yield "sightline, draft", ours(drafted, cache)
 
 
@@ -140,6 +145,10 @@ def shares(model: Model, path: str) -> dict[str, float]:
     for way, changes in ways.items():
         other = predictor.altered(cores=1, **changes)
         parts[f"network, {way}"] = lambda other=other: other.compute(batch, features=False)
+    if multiplies_int8():
+        grids = calibrated(model.network, [torch.stack([item.pixels for item in batch])])
+        eight = predictor.altered(cores=1, precision=torch.int8, grids=grids)
+        parts["network, int8"] = lambda: eight.compute(batch, features=False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

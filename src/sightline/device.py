@@ -4,7 +4,7 @@ import platform
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sightline.errors import UserError, printable
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+INT8: Final = "int8"
+"""What some verbs offer besides, for it needs images to be calibrated on."""
 
 
 def devices() -> list[str]:
@@ -40,11 +42,16 @@ def pick_precision(name: str, device: "torch.device") -> "torch.dtype":
     """The number type of matrix products on `device`: auto, fp32, bf16 or fp16.
 
     Auto is fp32, except on CUDA devices that compute in bf16 themselves: float32's range at twice the speed or more,
-    with probabilities that differ in the third digit. Raises UserError for another name, and for bf16 on a CUDA device
-    without it.
+    with probabilities that differ in the third digit. Raises UserError for another name, for bf16 on a CUDA device
+    without it, and for int8, which is calibrated first (`inference.choose`).
     """
     import torch
 
+    if name == INT8:
+        raise UserError(
+            "8 bits are calibrated on your own images first: sightline predict --precision int8, or "
+            'sightline.inference.choose.choose(predictor, images, precision="int8")'
+        )
     if name not in PRECISIONS:
         raise UserError(f"there is no precision '{printable(name)}': choose {', '.join(PRECISIONS)}")
     native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

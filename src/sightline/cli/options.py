@@ -58,10 +58,10 @@ def add_merge(parser: Any) -> None:
     parser.add_argument("--merge", type=int, default=0, metavar="R", help=words)
 
 
-def add_device(parser: Any) -> None:
-    """Where to compute, and in which arithmetic."""
+def add_device(parser: Any, *more: str) -> None:
+    """Where to compute, and in which arithmetic; `more` are precisions that the verb has besides."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    choices = ("auto", "fp32", "bf16", "fp16")
+    choices = ("auto", "fp32", "bf16", "fp16", *more)
     parser.add_argument("--precision", default="auto", choices=choices, help="arithmetic of the forward pass")
 
 

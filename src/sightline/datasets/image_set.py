@@ -214,6 +214,10 @@ class ImageSet:
             return ImageSet(classes, replace(self.samples, marks=marks))
         return ImageSet(classes, replace(self.samples, targets=places[self.targets]))
 
+    def unlabelled(self) -> "ImageSet":
+        """The same images without classes."""
+        return ImageSet((), replace(self.samples, targets=np.full(len(self), -1, dtype=np.int64)))
+
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of what the set consists of, wherever it lies.
 

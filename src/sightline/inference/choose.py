@@ -13,10 +13,12 @@ from typing import cast, get_args
 
 import torch
 
-from sightline.device import PRECISIONS
+from sightline.device import INT8, PRECISIONS
 from sightline.errors import UserError, WorkError, printable
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import Source
+from sightline.inference import eight_bits
+from sightline.inference.eight_bits import AGREEMENT, Measured, Pictures
 from sightline.inference.export import Format
 from sightline.inference.gate import TOLERANCE, Agreement, agree
 from sightline.inference.packed import computes_bf16, packs
@@ -45,11 +47,16 @@ Item = Source | Ready | Answer
 
 @dataclass(frozen=True)
 class Chosen:
-    """Who answers, what there is to answer (what was looked at is not read again), and why, in a line or none."""
+    """Who answers, what there is to answer (what was looked at is not read again), and why, in a line or none.
+
+    `measured` is what is known of the answers in 8 bits, and `kept` tells that it was known before.
+    """
 
     predictor: Predictor
     sources: Iterable[Item]
     why: str = ""
+    measured: Measured | None = None
+    kept: bool = False
 
 
 def choose(
@@ -61,6 +68,8 @@ def choose(
     precision: str = "auto",
     batch_size: int | None = None,
     cache: Cache | None = None,
+    calibrate: Pictures | Iterable[Source] | None = None,
+    agreement: float = AGREEMENT,
 ) -> Chosen:
     """The predictor that answers a job of `count` images or more (None: as many as `len` says) fastest here.
 
@@ -72,16 +81,24 @@ def choose(
     to save a second and a tenth of the time. The number of threads follows from what reading and computing one image
     take; `batch_size` from a measurement, where it is None. What was measured is kept in `cache`, under the model's
     weights and this machine; the images are looked at anew each time. Raises what `through` raises.
+
+    `precision="int8"`, which is never chosen otherwise, computes in 8 bits, calibrated on the first 256 images or on
+    those of `calibrate`, if at least the share `agreement` of them keeps its first class; else it raises UserError
+    (`eight_bits.in_eight_bits`).
     """
     if runtime not in RUNTIMES:
         raise UserError(f"there is no runtime '{printable(runtime)}': choose {', '.join(RUNTIMES)}")
-    if precision not in PRECISIONS:
-        raise UserError(f"there is no precision '{printable(precision)}': choose {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, INT8):
+        raise UserError(f"there is no precision '{printable(precision)}': choose {', '.join((*PRECISIONS, INT8))}")
+    if precision == INT8 and runtime in MODULE:
+        raise UserError(f"8 bits are computed by torch, and the runtime is {runtime}: leave --runtime away")
     given = predictor if batch_size is None else predictor.altered(batch_size=batch_size)
     if runtime in MODULE:
         return Chosen(through(given, cast(Format, runtime)), sources)
     if count is None:
         count = len(sources) if isinstance(sources, Sequence) else 0
+    if precision == INT8:
+        return _in_eight_bits(given, sources, count, batch_size, cache, calibrate, agreement)
     ways = _ways(given, precision)
     if runtime == "torch" or count < FEW or len(ways) < 2 or not given.labels:
         return Chosen(given, sources)
@@ -93,9 +110,40 @@ def choose(
     bench.images = [image for image in ready if image.pixels.shape == ready[0].pixels.shape]
     if not bench.images:
         return Chosen(given, sources)
-    found = _Choice(bench, ways, count).made(batch_size, reading)
+    choice = _Choice(bench, ways, count)
+    found = choice.made(choice.way(), batch_size, reading)
     bench.keep()
     return Chosen(found[0], sources, found[1])
+
+
+def _in_eight_bits(
+    given: Predictor,
+    sources: Iterable[Item],
+    count: int,
+    batch_size: int | None,
+    cache: Cache | None,
+    calibrate: Pictures | Iterable[Source] | None,
+    agreement: float,
+) -> Chosen:
+    """The same in 8 bits, with as many threads and images at a time as is fastest where the job is long."""
+    number = eight_bits.LOOK if calibrate is None else LOOK if count >= FEW else 0
+    items, rest, reading = _looked_at(given, sources, number)
+    ready = [item for item in items if isinstance(item, Ready)]
+    if calibrate is None:
+        pictures = Pictures(ready, [-1] * len(ready))
+    else:
+        pictures = calibrate if isinstance(calibrate, Pictures) else eight_bits.read(given, calibrate)
+    found = eight_bits.in_eight_bits(given, pictures, agreement=agreement, cache=cache)
+    predictor, said = found.predictor, WAYS[INT8]
+    if count >= FEW and ready:
+        bench = Bench(given, cache)
+        bench.takes(INT8, predictor)
+        bench.images = [image for image in ready if image.pixels.shape == ready[0].pixels.shape]
+        predictor, said = _Choice(bench, [INT8], count).made(INT8, batch_size, reading)
+        bench.keep()
+    before = ", as was known" if found.kept else ""
+    why = f"{said}; {found.measured.describe()}{before}"
+    return Chosen(predictor, itertools.chain(items, rest), why, found.measured, found.kept)
 
 
 class _Choice:
@@ -107,9 +155,8 @@ class _Choice:
         self.batch = self._first_batch()
         self.agreement: Agreement | None = None
 
-    def made(self, batch_size: int | None, reading: float) -> tuple[Predictor, str]:
-        """The predictor, and why."""
-        way = self._way()
+    def made(self, way: Way, batch_size: int | None, reading: float) -> tuple[Predictor, str]:
+        """The predictor that computes this way, and why."""
         batch = batch_size or self._batch(way)
         cores = self._cores(way, reading)
         predictor = self.bench.by(way).altered(batch_size=batch, cores=cores)
@@ -129,7 +176,7 @@ class _Choice:
     def _seconds(self, way: Way) -> float:
         return self.bench.seconds(way, self.cores, self.batch)
 
-    def _way(self) -> Way:
+    def way(self) -> Way:
         """The fastest whose answers are those of plain fp32."""
         for way in sorted(self.ways, key=self._seconds):
             if way == "plain" or (self._worth(way, "plain") and self._holds(way)):
@@ -139,12 +186,17 @@ class _Choice:
         if way == "bf16" or self.count * self._seconds(way) < LONG:
             return way
         for other, module in MODULE.items():
-            if other not in self.bench.speeds.refused and importlib.util.find_spec(module) is not None:
-                try:
-                    way = other if self._worth(other, way) else way
-                except (UserError, WorkError) as fault:
-                    self.bench.refuses(other, fault)
+            if importlib.util.find_spec(module) is not None and self._worth_making(other, way):
+                way = other
         return way
+
+    def _worth_making(self, way: Way, than: Way) -> bool:
+        """Whether a program is faster, if it can be made; who failed once is not asked again."""
+        try:
+            return way not in self.bench.speeds.refused and self._worth(way, than)
+        except (UserError, WorkError) as fault:
+            self.bench.refuses(way, fault)
+            return False
 
     def _worth(self, way: Way, than: Way) -> bool:
         ours, theirs = self._seconds(way), self._seconds(than)

@@ -17,6 +17,7 @@ from sightline.errors import UserError, WorkError, printable
 from sightline.images.decode import ImageError, Source
 from sightline.images.preprocess import Preprocess
 from sightline.inference.packed import computes_bf16, packed, packs
+from sightline.inference.quantised import Grids, quantised
 from sightline.inference.reading import readers
 from sightline.layers.dense import fast_products
 from sightline.types import Placement, Reply, each, finite
@@ -53,7 +54,8 @@ class Predictor:
 
     On a processor that multiplies bf16 itself, a copy of the network with its weights in bf16 computes; in fp32 it is,
     with `pack`, a copy whose weights are packed for the processor (`inference.packed`): faster, with more memory.
-    Whatever is done to the weights afterwards does not count then.
+    Whatever is done to the weights afterwards does not count then. With torch.int8 and the `grids` that were chosen for
+    it a copy computes in 8 bits (`inference.quantised`), in which answers change: `inference.eight_bits` makes such.
 
     In fp32 the other images of a batch change a score by less than 1e-6; in bf16 and fp16 the kernels that a device
     chooses for a batch size show in the third digit.
@@ -71,6 +73,7 @@ class Predictor:
         top: int = 5,
         pack: bool = False,
         cores: int | None = None,
+        grids: Grids | None = None,
     ):
         classes = getattr(network.architecture.head, "num_classes", len(labels))
         if len(labels) != classes:
@@ -79,7 +82,7 @@ class Predictor:
         self.network = network.to(self.device)
         self.preprocess, self.labels = preprocess, list(labels)
         self.precision, self.batch_size, self.top = precision, batch_size, top
-        self.pack, self.cores = pack, cores
+        self.pack, self.cores, self.grids = pack, cores, grids
         self._require_positive()
         self.threads = min(8, os.cpu_count() or 1)
 
@@ -87,6 +90,10 @@ class Predictor:
     def computing(self) -> Any:
         """The network as it is computed: itself, or a copy that is made for this processor."""
         on_processor = self.device.type == "cpu"
+        if self.precision == torch.int8:
+            assert on_processor, "8 bits are for the processor"
+            assert self.grids is not None, "8 bits are calibrated first"
+            return quantised(self.network, self.grids)
         if on_processor and self.precision == torch.bfloat16 and computes_bf16():
             return packed(self.network, torch.bfloat16)
         if on_processor and self.precision == torch.float32 and self.pack and packs(torch.float32):
@@ -94,7 +101,7 @@ class Predictor:
         return self.network
 
     def altered(self, **changes: Any) -> "Predictor":
-        """The same predictor with some of `precision`, `pack`, `cores`, `batch_size` or `network` changed."""
+        """The same predictor with some of `precision`, `pack`, `grids`, `cores`, `batch_size` or `network` changed."""
         other = copy.copy(self)
         if changes.keys() - {"cores", "batch_size"}:
             vars(other).pop("computing", None)
@@ -184,7 +191,7 @@ class Predictor:
                 computing_with(self.cores),
                 fast_products(),
                 torch.inference_mode(),
-                torch.autocast(self.device.type, self.precision, enabled=halved),
+                torch.autocast(self.device.type, self.precision if halved else None, enabled=halved),
             ):
                 output = network.embed(pixels) if features else network(pixels)
             return each(output, lambda values: values.float().cpu())

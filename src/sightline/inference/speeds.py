@@ -21,11 +21,12 @@ from sightline.inference.predictor import Predictor, Ready
 from sightline.inference.through import through
 from sightline.schema import from_json, require, to_json
 
-Way = Literal["plain", "packed", "bf16", "onnx", "openvino"]
+Way = Literal["plain", "packed", "bf16", "int8", "onnx", "openvino"]
 WAYS: Mapping[Way, str] = {
     "plain": "torch in fp32",
     "packed": "torch in fp32 with packed weights",
     "bf16": "torch in bf16",
+    "int8": "torch in int8",
     "onnx": "ONNX Runtime in fp32",
     "openvino": "OpenVINO in fp32",
 }
@@ -93,6 +94,10 @@ class Bench:
         """Writes down what was learned."""
         self.cache.put(self._key, {}, json.dumps(to_json(self.speeds)))
 
+    def takes(self, way: Way, predictor: Predictor) -> None:
+        """Lets a predictor stand for a way, one that has been calibrated."""
+        self._ready[way] = predictor
+
     def by(self, way: Way) -> Predictor:
         """The predictor that computes this way. Raises UserError or WorkError where it cannot."""
         if way not in self._ready:
@@ -144,7 +149,7 @@ def machine() -> list[Any]:
         available(),
         torch.get_num_threads(),
         sys.version_info[:2],
-        *_versions(),
+        *versions(),
     ]
 
 
@@ -153,7 +158,8 @@ def available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
+    """Of the libraries that compute; empty for those that are not installed."""
     found = []
     for name in ("sightline", "torch", "onnxruntime", "openvino"):
         try:

@@ -125,7 +125,7 @@ def evaluate(
         return _of_features(protocol, judged, embedding, open_dataset(data, seed=drawn), str(source))
     task = task_of(model.task).for_model(model, prompts)
     splits = task.open(data, drawn)
-    chosen, notes = _part(splits, record, seed)
+    chosen, notes = part_to_judge(splits, record, seed)
     images = task.aligned(model.labels, chosen, str(data))
     loader = OrderedLoader(
         images,
@@ -193,7 +193,7 @@ def _of_features(
     )
 
 
-def _part(splits: Splits, record: Mapping[str, Any], seed: int | None) -> tuple[ImageSet, list[str]]:
+def part_to_judge(splits: Splits, record: Mapping[str, Any], seed: int | None) -> tuple[ImageSet, list[str]]:
     """The images to judge by, and remarks: strangers to the model are all judged, what it learned from is not."""
     builtin = splits.source.startswith("builtin:")
     known = record.get("data", {}).get("fingerprint", {}).get("train") == splits.train.fingerprint()

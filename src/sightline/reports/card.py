@@ -1,5 +1,6 @@
 """The model card: what a stranger has to know before using the model."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sightline.checkpoints.atomic import write_atomic
-from sightline.errors import printable
+from sightline.errors import UserError, printable
 
 _CARD = """---
 library_name: sightline
@@ -84,6 +85,29 @@ def model_card(folder: Path, labels: Sequence[str], record: Mapping[str, Any], c
         fingerprint=record["data"]["fingerprint"]["train"][:16],
     )
     write_atomic(folder / "README.md", text.encode())
+
+
+def add_section(folder: Path, heading: str, text: str) -> bool:
+    """Puts a section into `README.md` of a model directory of this project, in the place of one with the same heading.
+
+    Says whether it did: other people's cards are left as they are. Raises WorkError where the disk refuses, and
+    UserError where the card cannot be read.
+    """
+    path = folder / "README.md"
+    if not (folder / "config.json").is_file() or not path.is_file():
+        return False
+    try:
+        card = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"cannot read {printable(path)}: {getattr(fault, 'strerror', None) or 'not UTF-8'}") from fault
+    if not card.startswith("---\nlibrary_name: sightline\n"):
+        return False
+    written = f"## {heading}\n\n{text}\n"
+    parts = re.split(r"^(?=## )", card, flags=re.M)
+    before = [part for part in parts if not part.startswith(f"## {heading}\n")]
+    whole = "".join(before).rstrip("\n") + "\n\n" + written
+    write_atomic(path, whole.encode())
+    return True
 
 
 _PRETRAINED = """---
