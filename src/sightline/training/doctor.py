@@ -148,7 +148,7 @@ def slow_input(step: int, share: str, settings: Settings, reading: Effort | None
     cores, workers = os.cpu_count() or 1, settings.workers
     processes = f"{workers} worker process{'es' * (workers > 1)}"
     words = f"{share} of the time goes into waiting for images, which "
-    words += f"{processes} read" if workers else "are read between the steps"
+    words += f"{processes} read{'s' * (workers == 1)}" if workers else "are read between the steps"
     smaller = "store the images at about the size at which the network reads them"
     more = f"Use more worker processes (--workers {max(2 * workers, 2)}), or {smaller}."
     if reading is None or not reading.batches or reading.seconds <= 0:

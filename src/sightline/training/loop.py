@@ -11,7 +11,7 @@ from torch import nn
 
 from sightline.checkpoints.atomic import sweep
 from sightline.errors import UserError, WorkError, printable
-from sightline.network import Network
+from sightline.network import Network, recompute
 from sightline.objectives.objective import Objective
 from sightline.training.average import Average
 from sightline.training.chart import Finding, Labels
@@ -106,9 +106,7 @@ class Loop:
         self.task, self.settings, self.world = task, task.settings, world
         task.objective.to(world.device).train()
         self.network = task.objective.network
-        if self.settings.checkpointing:
-            for part in self.network.modules():
-                setattr(part, "checkpointing", True)  # noqa: B010 (whoever has layers to recompute reads it)
+        recompute(self.network, self.settings.checkpointing)
         self.average = Average(self.network, self.settings.ema) if self.settings.ema else None
         self.updater = Updater(task.objective, self.settings, world, precision)
         self.store, self.best = Store(directory / "checkpoints"), Store(directory / "checkpoints" / "best")
