@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from sightline.benching.bench import bench, lines
 from sightline.benching.ceilings import Machine
 from sightline.benching.contenders import Programs, model_of, noise, others
 from sightline.benching.peers import PEERS, TORCHVISION, Peer
-from sightline.benching.rounds import Contender, Ratio, Timed, growth, take_turns
+from sightline.benching.rounds import Contender, Ratio, Timed, by_clock, growth, take_turns
 from sightline.benching.tables import CLASSES, Plan
 from sightline.errors import UserError
 from sightline.inference.predictor import Ready
 from sightline.network import count_parameters, create_model, describe, list_models
 from sightline.types import Placement
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MACHINE = Machine("a processor", 1, "2", "cpu", {"fp32": 50.0, "bf16": 100.0}, 20.0)
 
 
@@ -34,7 +36,9 @@ def test_contenders_take_turns_and_the_first_call_does_not_count():
 
         return done
 
-    one, other = take_turns([Contender("a", work("a", 2.0)), Contender("b", work("b", 3.0))], 3, clock=lambda: now)
+    one, other = take_turns(
+        [Contender("a", work("a", 2.0)), Contender("b", work("b", 3.0))], 3, partial(by_clock, clock=lambda: now)
+    )
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert list(one.seconds) == [4.0, 6.0, 8.0]
     assert list(other.seconds) == [6.0, 9.0, 12.0]
@@ -123,6 +127,24 @@ def test_a_step_of_a_masked_autoencoder_is_measured_beside_transformers():
     assert "left out: mae drops hidden patches" in table.notes[0]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+def test_folders_are_answered_by_all_alike(monkeypatch):
+    monkeypatch.setattr("sightline.benching.folders.FOLDERS", {"tiny": (37, 53, 3)})
+    plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), ("timm", "transformers"), rounds=1, image_size=32)
+    (table,) = cases.predict(plan, MACHINE)
+    assert table.title == "predict, vit_tiny_patch16_224, 3 JPEGs of 53×37"
+    names = [row.name for row in table.rows]
+    assert names[:4] == ["sightline", "sightline, fp32", "sightline, --draft", "transformers' pipeline"]
+    assert names[4:] == ["transformers' pipeline, batches of 8", "timm, 0 workers", "timm, 2 workers"]
+    for row in table.rows:
+        assert row.images_per_second == pytest.approx(1 / row.seconds)
+        assert row.share_of_peak is None
+    said = " ".join(table.notes)
+    for name in ("sightline", "transformers' pipeline", "transformers' pipeline, batches of 8"):
+        assert f"{name} 100.0%" in said  # the weights are the same, and so is what is made of the pixels
+    assert all(f"{part} " in said for part in ("decoding", "resizing", "the network in fp32"))
+
+
 def test_torchvisions_names_are_of_networks_that_there_are():
     from torchvision import models
 
@@ -192,6 +214,9 @@ def test_the_command_measures_and_writes_a_page(tmp_path):
         (("--batch-size", "1,x"), "--batch-size takes whole numbers"),
         (("--sides", "0"), "--sides takes whole numbers"),
         (("--cases", "forwards"), "Did you mean forward?"),
+        (("--images", "0"), "--images must lie in [1, 1000000]"),
+        (("--runtimes", "openvinno"), "Did you mean openvino?"),
+        pytest.param(("--device", "cuda"), "there is no device 'cuda'", marks=NO_GPU),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(words, said):

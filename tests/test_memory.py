@@ -14,6 +14,7 @@ from sightline.objectives.mae import MAE, MAEConfig
 from sightline.objectives.supervised import Supervised
 from sightline.recipes.memory import Forecast, Need, available_memory, may_be_taken, plan_memory
 from sightline.recipes.pace import noise_of
+from sightline.recipes.task import task_of
 from sightline.training.settings import Settings
 
 CPU = torch.device("cpu")
@@ -26,6 +27,7 @@ from sightline.network import create_model, recompute
 from sightline.objectives.supervised import Supervised
 from sightline.recipes.memory import Forecast
 from sightline.recipes.pace import noise_of
+from sightline.recipes.task import task_of
 from sightline.training.distributed import World
 from sightline.training.settings import Settings
 from sightline.training.update import Updater
@@ -35,7 +37,6 @@ cpu, found = torch.device("cpu"), []
 for name, images, again in (
     ("vit_tiny_patch16_224", 8, False),
     ("vit_tiny_patch16_224", 8, True),
-    ("swin_tiny_patch4_window7_224", 4, True),
 ):
     network = create_model(name, 7)
     settings = Settings(batch_size=images, micro_batch=images)
@@ -67,9 +68,12 @@ def test_moments_follow_the_optimiser():
 
     def moments(**settings):
         told = Settings(**settings)
-        need = Forecast(Supervised(network), told, noise_of(network), torch.float32).need(2, False)
+        forecast = Forecast(Supervised(network), told, noise_of(network), torch.float32)
+        forecast.known[2, False] = 5
+        need = forecast.need(2, False)
         assert need.saving == need.weights + need.moments + need.average
         assert need.average == (need.weights if told.ema else 0)
+        assert need.further == need.moments + need.average + need.saving + 5
         return need.moments
 
     assert moments(optimizer="adamw", ema=0.9) == 2 * weights
@@ -77,15 +81,35 @@ def test_moments_follow_the_optimiser():
     assert weights < moments(optimizer="muon") < 1.5 * weights
 
 
-def test_objectives_that_look_at_numbers_are_measured():
-    network = create_model("mae_vit_base_patch16_224", 0, 32, patch_size=4, embed_dim=48, depth=2, num_heads=3)
-    objective = MAE(network, MAEConfig(decoder_dim=24, decoder_depth=1, decoder_heads=2))
+def test_what_is_drawn_for_each_image_is_foreseen_too():
+    network = create_model("vit_pico_patch4_32", 3, drop_path_rate=0.1)
+    settings = Settings(mixup=0.2, cutmix=1.0, smoothing=0.1)
+    tiny = create_model("mae_vit_base_patch16_224", 0, 32, patch_size=4, embed_dim=48, depth=2, num_heads=3)
+    small = MAEConfig(decoder_dim=24, decoder_depth=1, decoder_heads=2)
+    for objective in (task_of("classify").objective(network, settings), MAE(tiny, small)):
+        forecast = Forecast(objective, settings, noise_of(objective.network), torch.float32)
+        two, four = (forecast.step(images, False) for images in (2, 4))
+        assert not forecast.kept
+        assert 0 < forecast.gradients < two < four
+
+
+class Curious(Supervised):
+    """Looks at the pixels before it begins."""
+
+    def forward(self, batch):
+        assert float(batch.pixels.sum()) != 0.5
+        return super().forward(batch)
+
+
+def test_objectives_that_look_at_pixels_are_measured():
+    network = create_model("vit_pico_patch4_32", 3)
+    objective = Curious(network)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     forecast = Forecast(objective, Settings(), noise_of(network), torch.float32)
     two, four = (forecast.step(images, False) for images in (2, 4))
     assert set(forecast.kept) == {False}
-    tokens, width = 64 // 4, 48
-    assert (four - two) / 2 > 4 * tokens * width * 2 * 5  # at least five activations of each of two layers
+    tokens, depth, width = 8 * 8 + 1, 4, 64
+    assert (four - two) / 2 > 4 * tokens * depth * width * 5  # at least five activations of each layer, four bytes each
     assert all(torch.equal(before[name], tensor) for name, tensor in objective.state_dict().items())
 
 
@@ -171,7 +195,7 @@ def test_stated_memory_counts_what_is_held(monkeypatch):
 
 def test_a_run_keeps_within_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("sightline.recipes.memory.held", lambda device: 0)
-    words = ("train", "builtin:digits", *TINY, "--epochs", 1, "--evaluations", 1)
+    words = ("train", "builtin:digits", *TINY, "--epochs", 0.1, "--evaluations", 1)
     said = cli(*words, "--memory", 0.001, "--out", tmp_path / "run")
     assert said.status == 0, said.err
     assert "memory: 64 images at a time would take" in said.err or "memory: 32 images" in said.err

@@ -82,7 +82,7 @@ def slowly(image, key):
 
 
 def test_the_share_of_a_run_is_kept_and_reported(tmp_path):
-    done = sightline.train("builtin:digits", out=tmp_path / "run", epochs=1, evaluations=1, **SMALL)
+    done = sightline.train("builtin:digits", out=tmp_path / "run", epochs=0.3, evaluations=1, **SMALL)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] == done.seconds
     waited, whole = done.seconds["waiting"], done.seconds["train"]
     assert 0 < waited < whole
@@ -105,6 +105,6 @@ def test_waiting_goes_on_where_a_run_was_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Loop, "_clock", stopping)
     with pytest.raises(Interrupted):
-        sightline.train("builtin:digits", out=tmp_path / "run", epochs=1, evaluations=1, **SMALL)
+        sightline.train("builtin:digits", out=tmp_path / "run", epochs=0.3, evaluations=1, **SMALL)
     done = sightline.train("builtin:digits", out=tmp_path / "run", resume=True)
     assert done.seconds["waiting"] == 3.0

@@ -7,8 +7,9 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from sightline.benching.ceilings import Machine
+from sightline.benching.ceilings import Machine, timer_of
 from sightline.benching.contenders import PRECISIONS, Programs, model_of, noise, others, ours
+from sightline.benching.folders import predict
 from sightline.benching.learning import mae, training
 from sightline.benching.memory import Memory
 from sightline.benching.rounds import Contender, growth, take_turns
@@ -22,7 +23,7 @@ def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
     architecture = plan.architecture()
     flops = 2 * count_macs(architecture)
     model = model_of(architecture.build())
-    programs = Programs(model, plan)
+    programs, timer = Programs(model, plan), timer_of(plan.device)
     for precision in plan.precisions:
         predictor = PRECISIONS[precision].ours(model, plan)
         peers, notes = others(plan, architecture, precision)
@@ -30,7 +31,7 @@ def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
         entrants = [ours(predictor), *peers, *written]
         images = noise(predictor, max(plan.batch_sizes))
         for batch in plan.batch_sizes:
-            timed = take_turns([entrant.on(images[:batch]) for entrant in entrants], plan.rounds)
+            timed = take_turns([entrant.on(images[:batch]) for entrant in entrants], plan.rounds, timer)
             title = f"forward, {plan.model}, batches of {batch}, {precision}"
             sizes = [entrant.parameters for entrant in entrants]
             rows = rows_of(timed, sizes, batch, flops=flops, peak=machine.products[precision])
@@ -51,7 +52,7 @@ def resolution(plan: Plan, machine: Machine) -> Iterator[Table]:
         work = partial(predictor.compute, noise(predictor, 1), features=False)
         memory = Memory(plan.device)
         try:
-            timed = take_turns([Contender(OURS, work)], plan.rounds)
+            timed = take_turns([Contender(OURS, work)], plan.rounds, timer_of(plan.device))
         except (RuntimeError, MemoryError) as fault:
             if not out_of_memory(fault):
                 raise
@@ -78,6 +79,7 @@ CASES: Mapping[str, Callable[[Plan, Machine], Iterator[Table]]] = {
     "forward": forward,
     "training": training,
     "mae": mae,
+    "predict": predict,
     "resolution": resolution,
 }
 USUAL = ("forward", "training", "resolution")

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,10 +70,11 @@ def model_of(network: Network) -> Model:
 
 
 def noise(predictor: Predictor, count: int) -> list[Ready]:
-    """Images without meaning, as the network reads them."""
+    """Images without meaning, as the network reads them, where it computes."""
     pictures = np.random.default_rng(0).integers(0, 256, (count, *predictor.preprocess.size, 3), dtype=np.uint8)
     prepared = [predictor.prepare(picture) for picture in pictures]
-    return [one for one in prepared if isinstance(one, Ready)]
+    ready = [one for one in prepared if isinstance(one, Ready)]
+    return [replace(one, pixels=one.pixels.to(predictor.device)) for one in ready]
 
 
 def ours(predictor: Predictor) -> Entrant:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sightline.benching.ceilings import Machine, settled
+from sightline.benching.ceilings import Machine, settled, timer_of
 from sightline.benching.contenders import PRECISIONS
 from sightline.benching.memory import most_of
 from sightline.benching.peers import PEERS, masked_autoencoder
@@ -39,7 +39,7 @@ def training(plan: Plan, machine: Machine) -> Iterator[Table]:
     flops = (1 + STEPWISE) * 2 * count_macs(architecture)
     for precision in plan.precisions:
         dtype = PRECISIONS[precision].dtype
-        given = _batch(batch, architecture.backbone.image_size)
+        given = _batch(batch, architecture.backbone.image_size).to(plan.device)
         sides: list[tuple[Contender, int]] = []
         notes: list[str] = []
         for name, compiled in ((OURS, False), *([(f"{OURS}, compiled", True)] if plan.compiled else [])):
@@ -77,7 +77,7 @@ def mae(plan: Plan, machine: Machine) -> Iterator[Table]:
     architecture, batch = plan.architecture(), max(plan.batch_sizes)
     for precision in plan.precisions:
         dtype, title = PRECISIONS[precision].dtype, f"mae, {plan.model}{_size(plan)}, batches of {batch}, {precision}"
-        given = _batch(batch, architecture.backbone.image_size)
+        given = _batch(batch, architecture.backbone.image_size).to(plan.device)
         try:
             objective = MAE(architecture.build())
         except UserError as fault:
@@ -128,7 +128,7 @@ def _timed(
     sides: Sequence[tuple[Contender, int]], plan: Plan, batch: int, flops: float | None, peak: float
 ) -> list[Row]:
     contenders = [contender for contender, _ in sides]
-    timed = take_turns(contenders, plan.rounds)
+    timed = take_turns(contenders, plan.rounds, timer_of(plan.device))
     megabytes = [most_of(contender.work, plan.device) for contender in contenders]
     for contender in contenders:
         if isinstance(contender.work, Steps):

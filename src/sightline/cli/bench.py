@@ -17,7 +17,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--against", default="timm,transformers,torchvision", metavar="P,P,…", help=words)
     words = "runtimes that compute the same network as a program, beside forward; or none"
     parser.add_argument("--runtimes", default="onnx,openvino", metavar="R,R,…", help=words)
-    words = "what is measured: forward, training, mae, resolution"
+    words = "what is measured: forward, training, mae, predict, resolution"
     parser.add_argument("--cases", default="forward,training,resolution", metavar="C,C,…", help=words)
     parser.add_argument("--precision", default="fp32", metavar="P,P,…", help="fp32, bf16 or fp16, or several")
     parser.add_argument(
@@ -25,6 +25,8 @@ def arguments(parser: Any) -> None:
     )
     words = "pixels along the side of the squares whose cost is measured"
     parser.add_argument("--sides", default="224,320,448,640,896,1024", metavar="N,N,…", help=words)
+    words = "images in each folder of predict, instead of 200 small and 50 large ones"
+    parser.add_argument("--images", type=int, metavar="N", help=words)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each takes its turn")
     parser.add_argument("--compiled", action="store_true", help="compiled networks too, which takes minutes")
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, …")
@@ -43,6 +45,8 @@ def run(request: argparse.Namespace) -> None:
 
     if not 1 <= request.rounds <= 1000:
         raise UserError(f"--rounds must lie in [1, 1000], and is {request.rounds}")
+    if request.images is not None and not 1 <= request.images <= 10**6:
+        raise UserError(f"--images must lie in [1, 1000000], and is {request.images}")
     plan = Plan(
         request.model,
         pick_device(request.device),
@@ -55,6 +59,7 @@ def run(request: argparse.Namespace) -> None:
         _names(request.runtimes),
         request.image_size,
         request.patch_size,
+        request.images,
     )
     plan.architecture()  # which knows what is near
     tell = _nothing if request.json else _printed

@@ -110,8 +110,10 @@ def sharing(recipe: Recipe, network: Network, images: int, world: World) -> Reci
             raise UserError(f"{images} images are too few for {world.size} processes")
         batch = batch // unit * unit
     height, width = recipe.architecture.backbone.image_size
+    laid_out = recipe.architecture.lay_out().eval()
     with torch.no_grad():
-        tokens = network.backbone(torch.zeros(1, recipe.architecture.backbone.in_chans, height, width)).x.shape[1]
+        pixels = torch.zeros(1, recipe.architecture.backbone.in_chans, height, width, device="meta")
+        tokens = laid_out.to("meta").backbone(pixels).x.shape[1]
     work = 6 * count_parameters(network) * tokens * batch / world.size
     threads = recipe.settings.threads or (1 if work < SMALL_WORK else torch.get_num_threads())
     return recipe.told({"batch_size": batch, "threads": threads}, {})

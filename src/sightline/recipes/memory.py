@@ -1,6 +1,7 @@
 """How much memory a training takes, foreseen without computing anything, and how it is kept within what there is."""
 
 import copy
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -27,6 +28,9 @@ GB = 1e9
 
 QUICK = 5e11
 """Parameters times pixels of a network that is gone through in less time than shapes are."""
+
+SMALL = 2**16
+"""Elements of tensors that have numbers where others have shapes alone."""
 
 Noise = Callable[[int], Batch]
 """A batch of so many images, as the network reads them."""
@@ -80,6 +84,7 @@ class Forecast:
         )
         self.average = 0 if settings.ema is None else sum(t.nbytes for t in objective.network.state_dict().values())
         self.kept: dict[bool, int] = {}
+        self.known: dict[tuple[int, bool], int] = {}
 
     def need(self, images: int, checkpointing: bool) -> Need:
         """What a training with so many images at a time takes."""
@@ -91,7 +96,9 @@ class Forecast:
         """Bytes of gradients and activations at the most."""
         if checkpointing not in self.kept:
             with suppress(Exception):  # whatever cannot be done without numbers
-                return self._simulated(images, checkpointing)
+                if (images, checkpointing) not in self.known:
+                    self.known[images, checkpointing] = self._simulated(images, checkpointing)
+                return self.known[images, checkpointing]
             self.kept[checkpointing] = self._measured(checkpointing)
         return self.gradients + images * self.kept[checkpointing]
 
@@ -104,15 +111,27 @@ class Forecast:
         return 2 * (self.weights + self.moments + self.average) + self.gradients + kept <= free / 2
 
     def _simulated(self, images: int, checkpointing: bool) -> int:
-        from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode  # a second, where it is needed
+        from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode  # long to import
 
-        shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        class Shapes(FakeTensorMode):
+            """Tensors without numbers, but for small ones that depend on none of them: those may decide something."""
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                given = tree_leaves((args, kwargs or {}))
+                tensors = [part for part in given if isinstance(part, Tensor)]
+                small = math.prod(part for part in given if type(part) is int and part > 0) <= SMALL
+                if not any(isinstance(part, FakeTensor) for part in tensors) and (tensors or small):
+                    return func(*args, **(kwargs or {}))
+                return super().__torch_dispatch__(func, types, args, kwargs)
+
+        shapes = Shapes(allow_non_fake_inputs=True)
         with FakeCopyMode(shapes):
             objective = copy.deepcopy(self.objective).train()
         recompute(objective, checkpointing)
         device = next(objective.parameters()).device
+        batch = self.noise(images)
         with shapes:
-            batch = self.noise(images).to(device)
+            batch = batch._replace(pixels=shapes.from_tensor(batch.pixels))
             with _Holding(objective) as holding:
                 enabled = self.precision != torch.float32
                 with torch.autocast(device.type, self.precision if enabled else None, enabled=enabled):
@@ -214,10 +233,11 @@ def _fitting(forecast: Forecast, most: int, free: int, checkpointing: bool) -> i
     """How many images fit at a time, in pairs, of `most`; 0 where not even two do."""
     if most <= 2:
         return most if forecast.need(most, checkpointing).further <= free else 0
-    two, four = (forecast.need(images, checkpointing).further for images in (2, 4))
+    two = forecast.need(2, checkpointing).further
     if two > free:
         return 0
-    images = min(2 + int((free - two) // max((four - two) / 2, 1)) // 2 * 2, most // 2 * 2)
+    each = (forecast.need(most, checkpointing).further - two) / (most - 2)
+    images = min(2 + int((free - two) // max(each, 1)) // 2 * 2, most // 2 * 2)
     while images > 2 and forecast.need(images, checkpointing).further > free:
         images -= 2
     return images

@@ -70,9 +70,15 @@ def measure(
 
 
 def noise_of(network: Network, targets: Targets = class_indices) -> Callable[[int], Batch]:
-    """What makes batches of noise for a network, of as many images as it is told."""
+    """What makes batches of one image of noise for a network, as often as it is told, without memory for each."""
     shape = network.architecture.backbone
-    return lambda images: _noise(images, shape.in_chans, shape.image_size, targets)
+
+    def drawn(images: int) -> Batch:
+        one = _noise(1, shape.in_chans, shape.image_size, targets)
+        index = torch.arange(images)
+        return Batch(one.pixels.expand(images, -1, -1, -1), targets(images, shape.image_size), index, index)
+
+    return drawn
 
 
 def _noise(images: int, channels: int, size: tuple[int, int], targets: Targets) -> Batch:
