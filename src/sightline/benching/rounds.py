@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
+REST = 0.02
+"""Seconds before each turn: threads of other runtimes spin for a while after their work, and would take the next one's."""
+
+
 class Contender(NamedTuple):
     """Something that does the same piece of work whenever it is called, and waits until it is done."""
 
@@ -66,6 +70,7 @@ def take_turns(
     for number in range(rounds):
         for place in range(len(contenders)):
             who = (number + place) % len(contenders)
+            time.sleep(REST)
             seconds[who].append(timer(contenders[who].work))
     return [Timed(contender.name, own) for contender, own in zip(contenders, seconds, strict=True)]
 

@@ -8,7 +8,7 @@ import torch
 
 from sightline.checkpoints.load import load_bundle
 from sightline.datasets.image_set import ImageSet
-from sightline.device import computing_with, pick_precision
+from sightline.device import computing_with, give_back_at_once, pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
 from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch
@@ -129,6 +129,8 @@ def _within_memory(task: Task, recipe: Recipe, network: Network, world: World) -
     if world.device.type == "cuda":  # where the weights are still to come
         free -= forecast.weights
     plan = world.agree(plan_memory(forecast, settings.batch_size // world.size, free))
+    if plan.checkpointing or settings.memory:
+        give_back_at_once()  # the measurement that follows is the first to need it
     return recipe.told({"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}, {}), plan.words
 
 
