@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 REST = 0.02
-"""Seconds before each turn: other runtimes' threads spin for a while after their work, on the cores of who comes next."""
+"""Seconds before each turn: threads of other runtimes spin for a while, on the cores of who comes next."""
 
 
 class Contender(NamedTuple):
