@@ -22,7 +22,7 @@ def doctor(workers: int = 2) -> Doctor:
 
 
 def test_a_twentieth_of_a_run_may_go_into_waiting():
-    for waited, worked, share in ((50.0, 500.0, "9%"), (5.5, 5.0, "52%")):
+    for waited, worked, share in ((50.0, 500.0, "9%"), (15.5, 15.0, "51%")):
         waiting = doctor()
         waiting.conclude(7, waited, waited / (waited + worked))
         (finding,) = waiting.findings

@@ -29,7 +29,7 @@ WAITS = ((0.8, 5.0), (0.5, 30.0), (LONG_WAIT, 60.0))
 """Shares of the time beyond which waiting counts as lost, and the seconds lost from which it is worth a word: the
 slower reading is, the sooner."""
 
-WAITED = 5.0
+WAITED = 15.0
 """Seconds of waiting of a whole run that are no harm, whatever share they are."""
 
 CROWDED, HELD_UP = 0.3, 0.3
