@@ -1,6 +1,9 @@
 """`sightline bench`: contenders that take turns, the figures made of their times, and the command."""
 
 import json
+import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +11,17 @@ import torch
 from command import cli, refusal
 from sightline.benching import cases
 from sightline.benching.bench import bench, lines
-from sightline.benching.cases import Plan
 from sightline.benching.ceilings import Machine
+from sightline.benching.contenders import Programs, model_of, noise, others
 from sightline.benching.peers import PEERS, TORCHVISION, Peer
-from sightline.benching.rounds import Contender, Ratio, Timed, growth, take_turns
+from sightline.benching.rounds import Contender, Ratio, Timed, by_clock, growth, take_turns
+from sightline.benching.tables import CLASSES, Plan
 from sightline.errors import UserError
-from sightline.network import create_model, describe, list_models
+from sightline.inference.predictor import Ready
+from sightline.network import count_parameters, create_model, describe, list_models
+from sightline.types import Placement
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MACHINE = Machine("a processor", 1, "2", "cpu", {"fp32": 50.0, "bf16": 100.0}, 20.0)
 
 
@@ -29,7 +36,9 @@ def test_contenders_take_turns_and_the_first_call_does_not_count():
 
         return done
 
-    one, other = take_turns([Contender("a", work("a", 2.0)), Contender("b", work("b", 3.0))], 3, clock=lambda: now)
+    one, other = take_turns(
+        [Contender("a", work("a", 2.0)), Contender("b", work("b", 3.0))], 3, partial(by_clock, clock=lambda: now)
+    )
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert list(one.seconds) == [4.0, 6.0, 8.0]
     assert list(other.seconds) == [6.0, 9.0, 12.0]
@@ -64,6 +73,78 @@ def test_peers_have_networks_of_the_same_size(name):
             assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_peers_follow_the_size_of_image_and_patch(name):
+    plan = Plan(name, torch.device("cpu"), image_size=64, patch_size=2)
+    architecture = plan.architecture()
+    timms = PEERS["timm"].network(architecture, 10)
+    assert count_parameters(timms) == count_parameters(architecture.build()) - (timms.num_features + 1) * 990
+    assert timms(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    assert PEERS["torchvision"].network(architecture, 10) is None
+
+
+def test_peers_take_part_in_their_best_settings():
+    plan = Plan("resnet18", torch.device("cpu"), peers=("timm", "transformers"), image_size=64)
+    found, notes = others(plan, plan.architecture(), "bf16")
+    assert [entrant.name for entrant in found] == ["timm", "timm, autocast", "timm, channels last"]
+    assert notes == [f"transformers {PEERS['transformers'].version} has no resnet18 like this"]
+    image = Ready("", torch.zeros(3, 64, 64), Placement((64, 64), (1.0, 1.0), (0.0, 0.0), (64, 64)))
+    for entrant in found:
+        entrant.on([image, image]).work()
+
+
+def test_programs_compute_the_same_network(monkeypatch):
+    monkeypatch.setattr("sightline.inference.gate.photographs", list)
+    network = create_model("vit_tiny_patch16_224", CLASSES, 32, depth=1)
+    torch.nn.init.normal_(network.head.classifier.weight)
+    model, plan = model_of(network), Plan("vit_tiny_patch16_224", torch.device("cpu"), runtimes=("onnx", "openvino"))
+    monkeypatch.setitem(sys.modules, "openvino", None)  # not installed
+    programs = Programs(model, plan)
+    found, notes = programs.entrants("fp32")
+    predictor = model.predictor(device="cpu", precision="fp32")
+    images = noise(predictor, 3)
+    assert [entrant.name for entrant in found] == ["sightline's export in ONNX Runtime"]
+    assert "OpenVINO is left out: openvino is not installed" in notes[0]
+    answered = next(iter(found[0].on(images).work().values()))
+    torch.testing.assert_close(torch.from_numpy(answered), predictor.compute(images, features=False), rtol=0, atol=1e-4)
+    found, notes = programs.entrants("bf16")
+    assert not found
+    assert notes[1] == "ONNX Runtime computes this program in fp32 alone, and is left out in bf16"
+    programs.close()
+
+
+def test_a_step_of_a_masked_autoencoder_is_measured_beside_transformers():
+    plan = Plan(
+        "vit_tiny_patch16_224", torch.device("cpu"), ("transformers",), batch_sizes=(2,), rounds=1, image_size=32
+    )
+    (table,) = cases.mae(plan, MACHINE)
+    ours, theirs = table.rows
+    assert (ours.name, theirs.name) == ("sightline", "transformers")
+    assert ours.parameters == pytest.approx(theirs.parameters, rel=0.01)
+    assert ours.share_of_peak is None
+    assert ours.megabytes is None or ours.megabytes > 1e-6 * 4 * 5e6  # a gradient at least
+    (table,) = cases.mae(replace(plan, model="resnet18"), MACHINE)
+    assert "left out: mae drops hidden patches" in table.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+def test_folders_are_answered_by_all_alike(monkeypatch):
+    monkeypatch.setattr("sightline.benching.folders.FOLDERS", {"tiny": (37, 53, 3)})
+    plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), ("timm", "transformers"), rounds=1, image_size=32)
+    (table,) = cases.predict(plan, MACHINE)
+    assert table.title == "predict, vit_tiny_patch16_224, 3 JPEGs of 53×37"
+    names = [row.name for row in table.rows]
+    assert names[:4] == ["sightline", "sightline, fp32", "sightline, --draft", "transformers' pipeline"]
+    assert names[4:] == ["transformers' pipeline, batches of 8", "timm, 0 workers", "timm, 2 workers"]
+    for row in table.rows:
+        assert row.images_per_second == pytest.approx(1 / row.seconds)
+        assert row.share_of_peak is None
+    said = " ".join(table.notes)
+    for name in ("sightline", "transformers' pipeline", "transformers' pipeline, batches of 8"):
+        assert f"{name} 100.0%" in said  # the weights are the same, and so is what is made of the pixels
+    assert all(f"{part} " in said for part in ("decoding", "resizing", "the network in fp32"))
+
+
 def test_torchvisions_names_are_of_networks_that_there_are():
     from torchvision import models
 
@@ -85,13 +166,15 @@ def test_larger_images_cost_more_and_the_curve_says_how_much():
 def test_what_is_not_there_is_refused_or_left_out(monkeypatch):
     monkeypatch.setitem(PEERS, "absent", Peer("no-such-package", PEERS["timm"].network))
     plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), peers=("absent",), sides=(32,), rounds=1)
+    monkeypatch.setattr("sightline.benching.bench.machine", lambda *about: MACHINE)
     told = []
     done = bench(plan, ["resolution"], tell=told.extend)
     assert done.peers == {"absent": None}
     assert "absent is not installed, and is left out" in told
     for fault, words in (
         ({"peers": ("tim",)}, "unknown peer 'tim'. Did you mean timm?"),
-        ({"precisions": ("int8",)}, "unknown precision 'int8'"),
+        ({"precisions": ("int4",)}, "unknown precision 'int4'"),
+        ({"runtimes": ("onix",)}, "unknown runtime 'onix'. Did you mean onnx?"),
     ):
         with pytest.raises(UserError, match=words.replace("?", r"\?")):
             bench(Plan("vit_tiny_patch16_224", torch.device("cpu"), **fault), ["resolution"])
@@ -99,7 +182,7 @@ def test_what_is_not_there_is_refused_or_left_out(monkeypatch):
 
 def test_the_command_measures_and_writes_a_page(tmp_path):
     words = ("--model", "vit_tiny_patch16_224", "--against", "timm", "--batch-size", "1,2", "--sides", "32,48")
-    done = cli("bench", *words, "--rounds", "2", "--json", "--out", tmp_path / "page.html")
+    done = cli("bench", *words, "--rounds", "2", "--runtimes", "none", "--json", "--out", tmp_path / "page.html")
     assert done.status == 0, done.err
     document = json.loads(done.out)
     assert document["machine"]["products"]["fp32"] > 1
@@ -131,6 +214,9 @@ def test_the_command_measures_and_writes_a_page(tmp_path):
         (("--batch-size", "1,x"), "--batch-size takes whole numbers"),
         (("--sides", "0"), "--sides takes whole numbers"),
         (("--cases", "forwards"), "Did you mean forward?"),
+        (("--images", "0"), "--images must lie in [1, 1000000]"),
+        (("--runtimes", "openvinno"), "Did you mean openvino?"),
+        pytest.param(("--device", "cuda"), "there is no device 'cuda'", marks=NO_GPU),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(words, said):

@@ -95,6 +95,19 @@ def out_of_memory(fault: BaseException) -> bool:
     return told or isinstance(fault, (MemoryError, torch.OutOfMemoryError))
 
 
+def give_back_at_once() -> None:
+    """Lets the C library return every block of a megabyte or more when it is freed, for runs that are short of memory.
+
+    glibc keeps what was freed for the next request, in pieces that often do not fit it: up to several times of what a
+    step with recomputation holds. Elsewhere nothing happens.
+    """
+    import ctypes
+    from contextlib import suppress
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, of glibc's malloc.h
+
+
 def free_memory(device: "torch.device") -> None:
     """Gives back what a failed computation held."""
     import gc

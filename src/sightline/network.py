@@ -287,6 +287,12 @@ def list_models(pattern: str = "*") -> list[str]:
     return list(variants(pattern))
 
 
+def recompute(parts: nn.Module, again: bool = True) -> None:
+    """Lets whatever has layers compute their activations again in the backward pass instead of keeping them."""
+    for part in parts.modules():
+        setattr(part, "checkpointing", again)  # noqa: B010 (whoever has layers to recompute reads it)
+
+
 def count_parameters(network: nn.Module) -> int:
     """The number of learned values."""
     return sum(math.prod(p.shape) for p in network.parameters())

@@ -5,10 +5,12 @@ from dataclasses import replace
 from html import escape
 from typing import Any, NamedTuple
 
-from sightline.benching.cases import CASES, DTYPES, Plan, Table
+from sightline.benching.cases import CASES, USUAL
 from sightline.benching.ceilings import Machine, machine
+from sightline.benching.contenders import PRECISIONS, PROGRAMS
 from sightline.benching.peers import PEERS
 from sightline.benching.rounds import as_json
+from sightline.benching.tables import Plan, Table
 from sightline.errors import UserError, printable, suggest
 from sightline.explanation.page import document
 from sightline.reports.charts import line_chart
@@ -50,16 +52,17 @@ class Benched(NamedTuple):
 
 
 def bench(
-    plan: Plan, cases: Sequence[str] = tuple(CASES), *, tell: Callable[[Sequence[str]], None] = lambda lines: None
+    plan: Plan, cases: Sequence[str] = USUAL, *, tell: Callable[[Sequence[str]], None] = lambda lines: None
 ) -> Benched:
     """Measures the machine and the cases; `tell` is given the lines for people as they come.
 
-    Peers that are not installed are left out. Raises UserError for cases, peers and precisions that there are not.
+    What is not installed is left out. Raises UserError for cases, peers, precisions and runtimes that there are not.
     """
     for kind, asked, known in (
         ("case", cases, CASES),
         ("peer", plan.peers, PEERS),
-        ("precision", plan.precisions, DTYPES),
+        ("precision", plan.precisions, PRECISIONS),
+        ("runtime", plan.runtimes, PROGRAMS),
     ):
         for name in asked:
             if name not in known:
@@ -67,7 +70,7 @@ def bench(
                 raise UserError(f"unknown {kind} '{printable(name)}'.{suggest(name, known)} There are {listed}.")
     versions = {name: PEERS[name].version for name in plan.peers}
     present = replace(plan, peers=[name for name, version in versions.items() if version is not None])
-    here = machine(plan.device, {name: DTYPES[name] for name in plan.precisions})
+    here = machine(plan.device, {name: PRECISIONS[name].dtype for name in plan.precisions})
     absent = [f"{name} is not installed, and is left out" for name, version in versions.items() if version is None]
     tell([*described(here), *absent])
     tables = []
@@ -117,17 +120,10 @@ def _cells(table: Table) -> list[list[str]]:
                 for point in table.points
             ),
         ]
-    head = ["", "images/s", "of the peak", "time over sightline's", "parameters"]
-    return [
-        head,
-        *(
-            [
-                row.name,
-                f"{row.images_per_second:,.2f}",
-                f"{row.share_of_peak:.0%}",
-                str(row.ratio) if i else "",
-                f"{row.parameters:,}",
-            ]
-            for i, row in enumerate(table.rows)
-        ),
-    ]
+    shown = {"images/s": [f"{row.images_per_second:,.2f}" for row in table.rows]}
+    shown["of the peak"] = ["" if row.share_of_peak is None else f"{row.share_of_peak:.0%}" for row in table.rows]
+    shown["time over sightline's"] = [str(row.ratio) if i else "" for i, row in enumerate(table.rows)]
+    shown["MB"] = ["" if row.megabytes is None else f"{row.megabytes:,.0f}" for row in table.rows]
+    shown["parameters"] = [f"{row.parameters:,}" for row in table.rows]
+    shown = {"": [row.name for row in table.rows]} | {name: cells for name, cells in shown.items() if any(cells)}
+    return [list(shown), *map(list, zip(*shown.values(), strict=True))]

@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import torch
 
+from sightline.benching.rounds import by_clock
 from sightline.device import described_processor
 from sightline.inference.packed import PackedLinear, packs
 
 SHAPES = ((1576, 768, 3072), (1576, 3072, 768), (2048, 2048, 2048))
 """Rows, inner length and columns of the products: those of ViT-B/16's MLP for eight images, and a square."""
+
+LARGE = ((64 * 197, 1024, 4096), (64 * 197, 4096, 1024), (8192, 8192, 8192))
+"""The same for devices that small products do not fill: ViT-L/16's MLP for 64 images, and a square."""
 
 COPIED = 2**26
 """Bytes of a copy: more than the caches hold."""
@@ -43,7 +47,10 @@ def machine(device: torch.device, precisions: dict[str, torch.dtype]) -> Machine
         torch.get_num_threads(),
         torch.__version__,
         str(device),
-        {name: max(_products(device, dtype, shape) for shape in SHAPES) for name, dtype in precisions.items()},
+        {
+            name: max(_products(device, dtype, shape) for shape in (LARGE if device.type == "cuda" else SHAPES))
+            for name, dtype in precisions.items()
+        },
         _copies(device),
     )
 
@@ -52,6 +59,20 @@ def settled(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def timer_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """What times a piece of work: the clock, or on CUDA devices the device itself, between two of its events."""
+
+    def by_events(work: Callable[[], object]) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+
+    return by_events if device.type == "cuda" else by_clock
 
 
 def _products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> float:
@@ -74,14 +95,11 @@ def _copies(device: torch.device) -> float:
 @torch.no_grad()
 def _best(work: Callable[[], object], device: torch.device) -> float:
     """The shortest time of a few; the first does not count."""
-    work()
-    settled(device)
+    timer = timer_of(device)
+    timer(work)
     found, began = [], time.perf_counter()
     while len(found) < _TRIES and (len(found) < 2 or time.perf_counter() - began < _PATIENCE):
-        start = time.perf_counter()
-        work()
-        settled(device)
-        found.append(time.perf_counter() - start)
+        found.append(timer(work))
     return min(found)
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sightline.network import Architecture
+from sightline.network import Architecture, describe
+from sightline.objectives.mae import MAEConfig
 
 
 class Peer(NamedTuple):
@@ -30,8 +31,21 @@ class Peer(NamedTuple):
 def _timm(architecture: Architecture, classes: int) -> nn.Module | None:
     import timm
 
-    known = timm.is_model(architecture.name)
-    return timm.create_model(architecture.name, pretrained=False, num_classes=classes) if known else None
+    if not timm.is_model(architecture.name):
+        return None
+    changes = _changes(architecture)
+    try:
+        return timm.create_model(architecture.name, pretrained=False, num_classes=classes, **changes)
+    except TypeError:  # convolutions take images of every size, and have no patches
+        return None if "patch_size" in changes else timm.create_model(architecture.name, num_classes=classes)
+
+
+def _changes(architecture: Architecture) -> dict[str, Any]:
+    """Image and patch size as timm calls them, where they are not those of the name."""
+    usual, own = describe(architecture.name).backbone, architecture.backbone
+    names = {"img_size": "image_size", "patch_size": "patch_size"}
+    wanted = {theirs: getattr(own, name, None) for theirs, name in names.items()}
+    return {theirs: value for theirs, value in wanted.items() if value != getattr(usual, names[theirs], None)}
 
 
 class _Logits(nn.Module):
@@ -86,7 +100,30 @@ def _torchvision(architecture: Architecture, classes: int) -> nn.Module | None:
     from torchvision import models
 
     name = TORCHVISION.get(architecture.name)
-    return None if name is None else getattr(models, name)(num_classes=classes)
+    return None if name is None or _changes(architecture) else getattr(models, name)(num_classes=classes)
+
+
+def masked_autoencoder(architecture: Architecture, config: MAEConfig) -> nn.Module | None:
+    """A masked autoencoder of transformers with this encoder and decoder, whose answer has a `loss`."""
+    import transformers
+
+    backbone = architecture.backbone
+    settings = _vit(backbone) if architecture.family == "vit" else None
+    if settings is None or backbone.image_size[0] != backbone.image_size[1]:
+        return None
+    return transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            image_size=backbone.image_size[0],
+            num_channels=backbone.in_chans,
+            mask_ratio=config.mask_ratio,
+            norm_pix_loss=config.norm_pix,
+            decoder_hidden_size=config.decoder_dim,
+            decoder_num_hidden_layers=config.decoder_depth,
+            decoder_num_attention_heads=config.decoder_heads,
+            decoder_intermediate_size=4 * config.decoder_dim,
+            **settings,
+        )
+    )
 
 
 TORCHVISION = {

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+REST = 0.02
+"""Seconds before each turn: threads of other runtimes spin for a while, on the cores of who comes next."""
+
 
 class Contender(NamedTuple):
     """Something that does the same piece of work whenever it is called, and waits until it is done."""
@@ -45,12 +48,20 @@ class Timed(NamedTuple):
         return Ratio.of([mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)])
 
 
+def by_clock(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a piece of work that waits until it is done."""
+    began = clock()
+    work()
+    return clock() - began
+
+
 def take_turns(
-    contenders: Sequence[Contender], rounds: int, *, clock: Callable[[], float] = time.perf_counter
+    contenders: Sequence[Contender], rounds: int, timer: Callable[[Callable[[], object]], float] = by_clock
 ) -> list[Timed]:
     """The seconds of every contender, each called once in every round, after a call that does not count.
 
-    Another one begins each round, so that none always follows the same one.
+    Another one begins each round, so that none always follows the same one. `timer` does a piece of work and tells its
+    seconds.
     """
     for contender in contenders:
         contender.work()
@@ -58,9 +69,8 @@ def take_turns(
     for number in range(rounds):
         for place in range(len(contenders)):
             who = (number + place) % len(contenders)
-            began = clock()
-            contenders[who].work()
-            seconds[who].append(clock() - began)
+            time.sleep(REST)
+            seconds[who].append(timer(contenders[who].work))
     return [Timed(contender.name, own) for contender, own in zip(contenders, seconds, strict=True)]
 
 

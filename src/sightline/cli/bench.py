@@ -11,17 +11,24 @@ EXAMPLE = "sightline bench --against timm,transformers --model vit_small_patch16
 def arguments(parser: Any) -> None:
     """The verb's own arguments."""
     parser.add_argument("--model", default="vit_small_patch16_224", metavar="NAME", help="architecture, random weights")
-    words = "packages that take turns with it in every round"
+    words = "packages that take turns with it in every round; or none"
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels along the side, instead of the usual")
+    parser.add_argument("--patch-size", type=int, metavar="N", help="pixels of a patch, instead of the usual")
     parser.add_argument("--against", default="timm,transformers,torchvision", metavar="P,P,…", help=words)
-    parser.add_argument("--cases", default="forward,training,resolution", metavar="C,C,…", help="what is measured")
+    words = "runtimes that compute the same network as a program, beside forward; or none"
+    parser.add_argument("--runtimes", default="onnx,openvino", metavar="R,R,…", help=words)
+    words = "what is measured: forward, training, mae, predict, resolution"
+    parser.add_argument("--cases", default="forward,training,resolution", metavar="C,C,…", help=words)
     parser.add_argument("--precision", default="fp32", metavar="P,P,…", help="fp32, bf16 or fp16, or several")
     parser.add_argument(
         "--batch-size", default="1,8", metavar="N,N,…", help="images at a time; training takes the most"
     )
     words = "pixels along the side of the squares whose cost is measured"
     parser.add_argument("--sides", default="224,320,448,640,896,1024", metavar="N,N,…", help=words)
+    words = "images in each folder of predict, instead of 200 small and 50 large ones"
+    parser.add_argument("--images", type=int, metavar="N", help=words)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each takes its turn")
-    parser.add_argument("--compiled", action="store_true", help="others also compiled, which takes minutes")
+    parser.add_argument("--compiled", action="store_true", help="compiled networks too, which takes minutes")
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--out", metavar="FILE", help="a page with the figures and curves")
 
@@ -31,15 +38,15 @@ def run(request: argparse.Namespace) -> None:
     from pathlib import Path
 
     from sightline.benching.bench import bench
-    from sightline.benching.cases import Plan
+    from sightline.benching.tables import Plan
     from sightline.checkpoints.atomic import write_atomic
     from sightline.device import pick_device
     from sightline.errors import UserError
-    from sightline.network import describe
 
     if not 1 <= request.rounds <= 1000:
         raise UserError(f"--rounds must lie in [1, 1000], and is {request.rounds}")
-    describe(request.model)  # which knows what is near
+    if request.images is not None and not 1 <= request.images <= 10**6:
+        raise UserError(f"--images must lie in [1, 1000000], and is {request.images}")
     plan = Plan(
         request.model,
         pick_device(request.device),
@@ -49,7 +56,12 @@ def run(request: argparse.Namespace) -> None:
         _numbers("--sides", request.sides, 4096),
         request.rounds,
         request.compiled,
+        _names(request.runtimes),
+        request.image_size,
+        request.patch_size,
+        request.images,
     )
+    plan.architecture()  # which knows what is near
     tell = _nothing if request.json else _printed
     done = bench(plan, _names(request.cases), tell=tell)
     if request.out:
@@ -69,7 +81,8 @@ def _nothing(lines: Any) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return [] if words == ["none"] else words
 
 
 def _numbers(option: str, text: str, most: int) -> list[int]:

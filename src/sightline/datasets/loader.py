@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
+from sightline.datasets.effort import Effort, measured
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.order import rows, share
 from sightline.datasets.readers import Load, Readers, Watch
@@ -69,12 +70,14 @@ class Loader:
     """Batches of some steps, in order, read by this process (`workers=0`) or by others that outlive an iteration.
 
     Every image that cannot be decoded is left out of its batch and named; none takes its place. Of worker processes
-    that had to be replaced `say` hears; see `Readers`. Raises WorkError where they die again and again.
+    that had to be replaced `say` hears; see `Readers`. `effort` is what reading took so far. Raises WorkError where
+    worker processes die again and again.
     """
 
     def __init__(self, load: Load, steps: range, *, workers: int = 0, pin_memory: bool = False, say: Say = _in_silence):
         self._load, self._steps, self._pin, self.say = load, steps, pin_memory, say
         self.readers = Readers(load, workers, say) if workers else None
+        self.effort = Effort() if self.readers is None else self.readers.effort
 
     def tell(self, say: Say) -> None:
         """Lets `say` hear from here on what befalls the worker processes."""
@@ -86,11 +89,13 @@ class Loader:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Loaded]:
-        if self.readers is None:
-            loaded = (self._load(step, lambda index: None) for step in self._steps)
-        else:
-            loaded = self.readers.read(self._steps)
+        loaded = map(self._read, self._steps) if self.readers is None else self.readers.read(self._steps)
         yield from map(_pinned, loaded) if self._pin else loaded
+
+    def _read(self, step: int) -> Loaded:
+        loaded, took = measured(lambda: self._load(step, lambda index: None))
+        self.effort.add(took)
+        return loaded
 
 
 class TrainLoader(Loader):

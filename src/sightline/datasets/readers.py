@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from heapq import heappop, heappush
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sightline.datasets.effort import Effort, measured
 from sightline.errors import WorkError
 
 Watch = Callable[[int], str | None]
@@ -59,6 +61,7 @@ class Readers:
     def __init__(self, load: Load, count: int, say: Callable[[str], None]):
         self.load, self.count, self.say = load, count, say
         self.readers: list[_Reader] = []
+        self.effort = Effort()
         self.left_out: dict[int, str] = {}
         self.blamed: Counter[tuple[int, int]] = Counter()
         self.lost = 0
@@ -112,8 +115,9 @@ class Readers:
         owing = [reader for reader in self.readers if reader.owed]
         ready = wait([reader.line for reader in owing] + [reader.process.sentinel for reader in owing], LOOK)
         for reader in owing:
-            if reader.line in ready and (batch := reader.answer()) is not None:
-                done[reader.owed.pop(0)] = batch
+            if reader.line in ready and (answer := reader.answer()) is not None:
+                done[reader.owed.pop(0)], took = answer
+                self.effort.add(took)
             elif reader.line in ready or reader.process.sentinel in ready:
                 self._replace(reader, reader.end_of(), wanted)
             elif not ready and (why := reader.hangs()):
@@ -165,7 +169,7 @@ class _Reader:
             self.line.send(pickle.dumps((step, dict(left_out))))
 
     def answer(self) -> Any:
-        """The batch that has come, None where the line is dead. Raises what the making of the batch raised."""
+        """The batch that has come with its effort, None where the line is dead. Raises what the making of it raised."""
         try:
             said, files, _, _ = socket.recv_fds(self.line, 1, 1)
         except OSError:
@@ -235,7 +239,7 @@ def _serve(load: Load, line: socket.socket, place: Any) -> None:
             return left_out.get(index)
 
         try:
-            answer = (True, load(step, watch))
+            answer = (True, measured(partial(load, step, watch)))
         except Exception as fault:
             fault.add_note(traceback.format_exc())
             answer = (False, fault)

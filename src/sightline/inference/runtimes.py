@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -63,15 +63,22 @@ class OnnxProgram(Runtime):
 
 
 class OpenVinoProgram(Runtime):
-    """OpenVINO on the processor, in fp32: by itself it would choose bf16 where the processor has it."""
+    """OpenVINO on the processor, in fp32 unless told: by itself it would choose bf16 where the processor has it."""
 
     needs = ("openvino", "onnx", "onnxscript")
     extra = "export,openvino"
     suffix = ".xml"
 
-    def __init__(self, path: str | os.PathLike[str], names: tuple[str, ...], *, threads: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        names: tuple[str, ...],
+        *,
+        threads: int | None = None,
+        precision: Literal["f32", "bf16"] = "f32",
+    ):
         openvino: Any = self.parts()[0]
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
         self.compiled = openvino.Core().compile_model(os.fspath(path), "CPU", settings)
         self.names = names
 

@@ -8,11 +8,12 @@ import torch
 
 from sightline.checkpoints.load import load_bundle
 from sightline.datasets.image_set import ImageSet
-from sightline.device import computing_with, pick_precision
+from sightline.device import computing_with, give_back_at_once, pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
 from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch
-from sightline.recipes.pace import measure, micro_batch
+from sightline.recipes.memory import Forecast, may_be_taken, plan_memory
+from sightline.recipes.pace import measure, noise_of
 from sightline.recipes.recipe import Facts, Recipe, evaluations, facts
 from sightline.recipes.task import Task
 from sightline.registry import find
@@ -39,7 +40,7 @@ def autopilot(
     """The recipe for these images with what the user said in it, its network at the start, and what was measured.
 
     Only a run by the clock is shaped by the measured pace; any other is the same on every machine, but for images
-    that go through the network in smaller parts where memory is short.
+    that go through the network in smaller parts, or twice, where memory is short.
     """
     seed = int(settings.get("seed", 0))
     told = {"horizontal_flip", "vertical_flip"} <= set(augment)
@@ -47,7 +48,7 @@ def autopilot(
 
     def pace(candidate: Recipe) -> float:
         candidate = sharing(candidate.told(settings, augment), candidate.architecture.build(), len(images), world)
-        return _measured(task, candidate, candidate.architecture.build(), world)[0]
+        return _measured(task, candidate, candidate.architecture.build(), world)
 
     torch.manual_seed(seed)
     said = model or recipe or resize == "native" or set(network) - {"image_size"}
@@ -66,12 +67,9 @@ def autopilot(
         chosen, taught = _from_weights(task, known, model, weights, recipe or usual, network)
         chosen = chosen.told({"evaluations": evaluations(settings.get("minutes"))}, {})
     chosen = sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
-    seconds, memory = _measured(task, chosen, taught, world)
-    parts = chosen.settings.micro_batch or world.agree(micro_batch(chosen.settings, memory, world.device))
-    remarks = [_estimate(chosen, seconds, len(images))]
-    if parts != chosen.settings.micro_batch:
-        remarks.append(f"an image takes {memory / 2**20:.0f} MiB while it is learned from, so {parts} go at a time")
-    return chosen.told({"micro_batch": parts}, {}), taught, remarks
+    chosen, words = _within_memory(task, chosen, taught, world)
+    seconds = _measured(task, chosen, taught, world)
+    return chosen, taught, [_estimate(chosen, seconds, len(images)), *([words] if words else [])]
 
 
 def _from_weights(
@@ -112,15 +110,32 @@ def sharing(recipe: Recipe, network: Network, images: int, world: World) -> Reci
             raise UserError(f"{images} images are too few for {world.size} processes")
         batch = batch // unit * unit
     height, width = recipe.architecture.backbone.image_size
+    laid_out = recipe.architecture.lay_out().eval()
     with torch.no_grad():
-        tokens = network.backbone(torch.zeros(1, recipe.architecture.backbone.in_chans, height, width)).x.shape[1]
+        pixels = torch.zeros(1, recipe.architecture.backbone.in_chans, height, width, device="meta")
+        tokens = laid_out.to("meta").backbone(pixels).x.shape[1]
     work = 6 * count_parameters(network) * tokens * batch / world.size
     threads = recipe.settings.threads or (1 if work < SMALL_WORK else torch.get_num_threads())
     return recipe.told({"batch_size": batch, "threads": threads}, {})
 
 
-def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> tuple[float, int]:
-    """Seconds of an update and bytes for an image, as the first process finds them."""
+def _within_memory(task: Task, recipe: Recipe, network: Network, world: World) -> tuple[Recipe, str]:
+    """The recipe with as many images at a time as memory bears, and what there is to say of it."""
+    settings, noise = recipe.settings, noise_of(network, task.noise)
+    forecast = Forecast(
+        task.objective(network, settings), settings, noise, pick_precision(settings.precision, world.device)
+    )
+    free = may_be_taken(settings, world.device, world.size)
+    if world.device.type == "cuda":  # where the weights are still to come
+        free -= forecast.weights
+    plan = world.agree(plan_memory(forecast, settings.batch_size // world.size, free))
+    if plan.checkpointing or settings.memory:
+        give_back_at_once()  # the measurement that follows is the first to need it
+    return recipe.told({"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}, {}), plan.words
+
+
+def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> float:
+    """Seconds of an update, as the first process finds them."""
     precision = pick_precision(recipe.settings.precision, world.device)
     with computing_with(recipe.settings.threads):
         settings = recipe.told({"compile": False}, {}).settings
@@ -132,7 +147,7 @@ def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> tup
             teach=lambda copy: task.objective(copy, settings),
             targets=task.noise,
         )
-    return world.agree((found.seconds / world.size, found.memory))
+    return world.agree(found / world.size)
 
 
 def _estimate(recipe: Recipe, seconds: float, images: int) -> str:

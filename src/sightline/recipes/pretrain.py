@@ -283,7 +283,7 @@ class _Pretraining(Run):
             "classify",
             metrics,
             {"evaluated": len(self.splits.val) - len(refused), "refused": len(refused)},
-            {"train": round(outcome.seconds, 2)},
+            {"train": round(outcome.seconds, 2), "waiting": round(outcome.waited, 2)},
             outcome.findings,
             objective=self.recipe.objective,
         )

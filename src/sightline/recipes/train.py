@@ -187,7 +187,7 @@ class _Training(Run):
             self.task,
             metrics,
             {"evaluated": counts.evaluated, "refused": len(counts.refused)},
-            {"train": round(outcome.seconds, 2)},
+            {"train": round(outcome.seconds, 2), "waiting": round(outcome.waited, 2)},
             outcome.findings,
             counts.headline(),
         )

@@ -19,10 +19,16 @@ def summary(rows: Mapping[str, Any], network: Network, preprocess: Preprocess, r
     told = {
         "network": f"{network.architecture.name}, {count_parameters(network):,} parameters",
         "pixels": preprocess.describe(),
-        "time in training": f"{record['seconds']['train']:.0f} s",
+        "time in training": _time(record["seconds"]),
     }
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in record["recipe"]["reasons"])
     return f"{table({**rows, **told})}<h2>Why this recipe</h2><ul>{reasons}</ul>"
+
+
+def _time(seconds: Mapping[str, float]) -> str:
+    waited = seconds.get("waiting")
+    share = "" if waited is None else f", {waited / max(seconds['train'], 1e-9):.1%} of it waiting for images"
+    return f"{seconds['train']:.0f} s{share}"
 
 
 def doctor(record: Mapping[str, Any]) -> str:

@@ -5,11 +5,13 @@ the lines of the journal, to which its own measurements go, so that a resumed ru
 Only times are in no journal; they are measured anew by each process.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from sightline.datasets.effort import Effort
 from sightline.device import out_of_memory
 from sightline.network import Network
 from sightline.training.chart import Chart, Finding, Labels
@@ -20,11 +22,18 @@ from sightline.training.symptoms import AT_BATCHES, AT_EVALUATIONS, AT_ONCE, COM
 from sightline.training.vitals import kernels, likeness, still_heads, tokens_of, update_ratio
 from sightline.types import Batch
 
-STARVED, STARVED_SHARE = 5.0, 0.8
-"""Seconds lost by waiting for images, and the share of the time beyond which waiting counts as lost: far too slow."""
+LONG_WAIT = 0.05
+"""Share of a run that may go into waiting for images."""
 
-SLOW, SLOW_SHARE = 60.0, 0.5
-"""The same for reading that is a little slower than computing, which is no harm in a run of seconds."""
+WAITS = ((0.8, 5.0), (0.5, 30.0), (LONG_WAIT, 60.0))
+"""Shares of the time beyond which waiting counts as lost, and the seconds lost from which it is worth a word: the
+slower reading is, the sooner."""
+
+WAITED = 15.0
+"""Seconds of waiting of a whole run that are no harm, whatever share they are."""
+
+CROWDED, HELD_UP = 0.3, 0.3
+"""Shares of the readers' time, in waiting for a core or for a disk, that are the cause of slow reading."""
 
 PLACES = 32
 """Measurements of the network along a run, besides those at powers of two."""
@@ -38,13 +47,15 @@ class Doctor:
 
     `labels` says what there is to learn, where that is classes; without it the first losses stand for those of knowing
     nothing, and rules about labels are silent. `findings` are those so far, in order; `say` hears each new one.
+    `reading` is what the readers of images are at, where that is known.
     """
 
     def __init__(self, settings: Settings, steps_per_epoch: int, labels: Labels | None = None):
         self.chart = Chart(settings, steps_per_epoch, labels)
         self.findings: list[Finding] = []
         self.say: Callable[[str], None] | None = None
-        self._starved, self._slow = 0.0, 0.0
+        self.reading: Effort | None = None
+        self._lost = [0.0] * len(WAITS)
 
     def attend(
         self, network: Network, plan: Plan, past: Iterable[Mapping[str, Any]], say: Callable[[str], None]
@@ -100,21 +111,16 @@ class Doctor:
 
     def time(self, step: int, waited: float, worked: float) -> None:
         """Seconds that a step waited for its images, and then computed."""
-        self._starved = _lost(self._starved, waited, worked, STARVED, STARVED_SHARE)
-        self._slow = _lost(self._slow, waited, worked, SLOW, SLOW_SHARE)
-        if (self._starved >= STARVED or self._slow >= SLOW) and not self._found("slow-input"):
-            share = STARVED_SHARE if self._starved >= STARVED else SLOW_SHARE
-            workers = self.chart.settings.workers
-            who = f"which {workers} worker process{'es' * (workers > 1)} read" if workers else "read between the steps"
-            finding = Finding(
-                "slow-input",
-                step,
-                "note",
-                f"more than {share:.0%} of the time goes into waiting for images, {who}",
-                f"Use more worker processes (--workers {max(2 * workers, 2)}), or store the images at about the size "
-                "at which the network reads them.",
-            )
-            self._find(finding)
+        pairs = zip(self._lost, WAITS, strict=True)
+        self._lost = [_lost(before, waited, worked, limit, share) for before, (share, limit) in pairs]
+        for lost, (share, limit) in zip(self._lost, WAITS, strict=True):
+            if lost >= limit and not self._found("slow-input"):
+                self._find(slow_input(step, f"more than {share:.0%}", self.chart.settings, self.reading))
+
+    def conclude(self, step: int, waited: float, share: float) -> None:
+        """Seconds that a whole run waited for images, and their share of its steps' time."""
+        if share > LONG_WAIT and waited >= WAITED and not self._found("slow-input"):
+            self._find(slow_input(step, f"{share:.0%}", self.chart.settings, self.reading))
 
     def summary(self) -> str:
         """One line about the whole run."""
@@ -135,6 +141,31 @@ class Doctor:
 
     def _found(self, kind: str) -> bool:
         return any(finding.kind == kind for finding in self.findings)
+
+
+def slow_input(step: int, share: str, settings: Settings, reading: Effort | None) -> Finding:
+    """What it means that so large a share of the time goes into waiting for images: the cause, and what helps."""
+    cores, workers = os.cpu_count() or 1, settings.workers
+    processes = f"{workers} worker process{'es' * (workers > 1)}"
+    words = f"{share} of the time goes into waiting for images, which "
+    words += f"{processes} read{'s' * (workers == 1)}" if workers else "are read between the steps"
+    smaller = "store the images at about the size at which the network reads them"
+    more = f"Use more worker processes (--workers {max(2 * workers, 2)}), or {smaller}."
+    if reading is None or not reading.batches or reading.seconds <= 0:
+        return Finding("slow-input", step, "note", words, more)
+    crowded, held_up = reading.queued / reading.seconds, reading.idle / reading.seconds
+    words += f"; a batch takes {reading.seconds / reading.batches:.2g} s to read"
+    if crowded > CROWDED:
+        words += f", {crowded:.0%} of it without a core: other processes or threads hold all {cores}"
+        advice = "Let nothing else run beside it, give the network fewer threads (--threads), or " + smaller + "."
+    elif held_up > HELD_UP:
+        words += f", {held_up:.0%} of it in waiting for the disk or the network that holds the images"
+        advice = "Copy the images to a local disk or into shards, or use more worker processes (--workers "
+        advice += f"{max(2 * workers, 2)})."
+    else:
+        words += ", nearly all of it in decoding and augmenting"
+        advice = more if workers < cores else f"All {cores} cores are at it: {smaller}, or augment less."
+    return Finding("slow-input", step, "note", words, advice)
 
 
 def _lost(before: float, waited: float, worked: float, limit: float, share: float) -> float:

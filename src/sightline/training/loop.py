@@ -11,12 +11,12 @@ from torch import nn
 
 from sightline.checkpoints.atomic import sweep
 from sightline.errors import UserError, WorkError, printable
-from sightline.network import Network
+from sightline.network import Network, recompute
 from sightline.objectives.objective import Objective
 from sightline.training.average import Average
 from sightline.training.chart import Finding, Labels
 from sightline.training.distributed import World
-from sightline.training.doctor import Doctor
+from sightline.training.doctor import LONG_WAIT, Doctor
 from sightline.training.journal import Journal, read
 from sightline.training.saver import Saver
 from sightline.training.schedule import UNMEASURED, Plan, rate
@@ -59,11 +59,12 @@ class Task:
     """What the loop needs of a run.
 
     `batches(step, say)` yields (step, batch, refused samples) from any step on, without end, as a pure function of the
-    seed, and says what befell the reading. `evaluate(network, heed)` gives a network's figures, and calls `heed`
-    between batches, which raises where the run is asked to end. `score` names the figure that is better when it is
-    larger. `name` turns the index of one of the `images` samples into words. `begin` is called once the state before
-    the first step is safe, so that a run of which anything is known can always go on. `aside` are seconds of a run by
-    the clock that go into other things than teaching.
+    seed, and says what befell the reading; its `effort`, where it has one, tells what reading takes.
+    `evaluate(network, heed)` gives a network's figures, and calls `heed` between batches, which raises where the run is
+    asked to end. `score` names the figure that is better when it is larger. `name` turns the index of one of the
+    `images` samples into words. `begin` is called once the state before the first step is safe, so that a run of which
+    anything is known can always go on. `aside` are seconds of a run by the clock that go into other things than
+    teaching.
     """
 
     objective: Objective
@@ -81,7 +82,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The network to keep (the average of weights where there is one), its figures, and how the run went."""
+    """The network to keep (the average of weights where there is one), its figures, and how the run went.
+
+    Of the `seconds`, `waited` went into waiting for images.
+    """
 
     network: Network
     metrics: dict[str, float]
@@ -89,6 +93,7 @@ class Outcome:
     seconds: float
     refused: dict[str, str]
     findings: list[Finding]
+    waited: float = 0.0
 
 
 class Loop:
@@ -101,9 +106,7 @@ class Loop:
         self.task, self.settings, self.world = task, task.settings, world
         task.objective.to(world.device).train()
         self.network = task.objective.network
-        if self.settings.checkpointing:
-            for part in self.network.modules():
-                setattr(part, "checkpointing", True)  # noqa: B010 (whoever has layers to recompute reads it)
+        recompute(self.network, self.settings.checkpointing)
         self.average = Average(self.network, self.settings.ema) if self.settings.ema else None
         self.updater = Updater(task.objective, self.settings, world, precision)
         self.store, self.best = Store(directory / "checkpoints"), Store(directory / "checkpoints" / "best")
@@ -147,15 +150,17 @@ class Loop:
                 ended = self._evaluate() or ended
                 self._keep()
             self._require_readable()
+            batches = () if ended else self.task.batches(self.state.step, self.journal.say)
+            self.doctor.reading = getattr(batches, "effort", None)
             asked = time.monotonic()
-            for step, batch, refused in () if ended else self.task.batches(self.state.step, self.journal.say):
+            for step, batch, refused in batches:
                 given = time.monotonic()
                 before = self.state.plan.at(step)
                 complete = self._everywhere(batch, refused)
                 update = self._update(batch, step, before) if batch is not None and complete else None
                 self.task.objective.after_update(before)
                 if step - self.entered >= SLOW_START:
-                    self.doctor.time(step + 1, given - asked, time.monotonic() - given)
+                    self._clock(step + 1, given - asked, time.monotonic() - given)
                 self.state.step = step + 1
                 self.state.seconds = time.monotonic() - self.began
                 if update is not None and batch is not None:
@@ -175,8 +180,15 @@ class Loop:
                 if ended:
                     break
                 asked = time.monotonic()
+            self.doctor.conclude(self.state.step, self.state.waited, self.state.waiting)
             self.journal.say(self.doctor.summary())
         return self._outcome()
+
+    def _clock(self, step: int, waited: float, worked: float) -> None:
+        """Notes for how many seconds a step waited for its images, and then computed."""
+        self.state.waited += waited
+        self.state.worked += worked
+        self.doctor.time(step, waited, worked)
 
     @contextmanager
     def _saving(self) -> Generator[None]:
@@ -257,7 +269,7 @@ class Loop:
         epoch = step / self.task.steps_per_epoch
         self.journal.record(step + 1, epoch=epoch, loss=loss, **figures, lr=lr, grad_norm=update.norm)
         speed = self.settings.batch_size * (step + 1) / self.state.seconds
-        self.journal.scalars(step + 1, images_per_second=speed)
+        self.journal.scalars(step + 1, images_per_second=speed, waiting=self.state.waiting)
         if self.doctor.suspicious:
             self.journal.record(step + 1, **self.doctor.compare(batch))
         self.journal.advance(step + 1, self.state.plan.total, loss, speed)
@@ -299,7 +311,8 @@ class Loop:
         shown = "  ".join([self.pulse, *told])
         left = self.state.seconds / self.state.step * (self.state.plan.total - self.state.step)
         total = self.state.plan.total
-        self.journal.say(f"epoch {epoch:.4g}  step {self.state.step}/{total}  {shown}  {left:.0f} s left")
+        waiting = f"  {self.state.waiting:.0%} waiting" if self.state.waiting >= LONG_WAIT else ""
+        self.journal.say(f"epoch {epoch:.4g}  step {self.state.step}/{total}  {shown}{waiting}  {left:.0f} s left")
         if gained and self.settings.patience is not None and self.world.first:
             Saver(self.best).save(self.state, {f"network.{k}": v for k, v in kept.state_dict().items()})
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
@@ -348,4 +361,4 @@ class Loop:
             kept.load_state_dict({name.removeprefix("network."): tensor for name, tensor in tensors.items()})
             metrics = state.metrics
         state, findings = self.state, self.doctor.findings
-        return Outcome(kept.eval(), metrics, state.step, state.seconds, state.refused, findings)
+        return Outcome(kept.eval(), metrics, state.step, state.seconds, state.refused, findings, state.waited)

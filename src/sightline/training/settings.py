@@ -40,6 +40,7 @@ class Settings:
     ema: float | None = option(None, "decay of the average of weights that is evaluated and kept")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "arithmetic of the forward pass")
     checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    memory: float | None = option(None, "gigabytes that the run may take, as foreseen; None leaves it what is free")
     compile: bool = option(False, "compile the training step with torch.compile")
     patience: int | None = option(None, "stop after this many evaluations without gain and keep the best weights")
     evaluations: int = option(20, "evaluations spread over the run, at ends of epochs")
@@ -51,7 +52,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "lr", "repeats", "evaluations", "save_seconds", "layer_decay")
-        for name in (*positive, "minutes", "micro_batch", "clip_grad", "patience", "threads"):
+        for name in (*positive, "minutes", "micro_batch", "memory", "clip_grad", "patience", "threads"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive, not {value}")
         for name in ("weight_decay", "mixup", "cutmix", "workers", "seed"):
@@ -62,7 +63,7 @@ class Settings:
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], not {getattr(self, name)}")
         decay = self.weight_decay_end
         require(decay is None or decay >= 0, f"weight_decay_end must not be negative, and is {decay}")
-        for name in ("epochs", "minutes", "lr", "weight_decay", "weight_decay_end"):
+        for name in ("epochs", "minutes", "lr", "weight_decay", "weight_decay_end", "memory"):
             value = getattr(self, name)
             require(value is None or math.isfinite(value), f"{name} must be finite, not {value}")
         require(self.seed < 2**31, f"seed must be less than 2147483648, not {self.seed}")

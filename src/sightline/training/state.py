@@ -27,7 +27,8 @@ class State:
     `seconds` counts the time at work, `evaluations` those made along the schedule, `stale` those since the best, and
     `infinite` the updates left out in a row. `due` says that an evaluation is due after this step and not yet made.
     `refused` holds every image that could not be read, by name, with the reason. `micro_batch` is there once memory
-    did not suffice for more. `journal` is the length of `metrics.jsonl` in bytes.
+    did not suffice for more. `journal` is the length of `metrics.jsonl` in bytes. `waited` and `worked` are the seconds
+    in which steps waited for their images, and computed, once each process had settled in.
     """
 
     plan: Plan
@@ -42,6 +43,13 @@ class State:
     refused: dict[str, str] = field(default_factory=dict)
     micro_batch: int | None = None
     journal: int = 0
+    waited: float = 0.0
+    worked: float = 0.0
+
+    @property
+    def waiting(self) -> float:
+        """The share of the steps' time that went into waiting for images."""
+        return self.waited / max(self.waited + self.worked, 1e-9)
 
 
 class Store:

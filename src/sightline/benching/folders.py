@@ -1,0 +1,220 @@
+"""Folders of JPEGs to labels, as `predict` does it, beside transformers' pipeline and timm with a DataLoader."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sightline.benching.ceilings import Machine
+from sightline.benching.contenders import PRECISIONS
+from sightline.benching.peers import PEERS
+from sightline.benching.rounds import Contender, take_turns
+from sightline.benching.tables import CLASSES, OURS, Plan, Table, rows_of
+from sightline.checkpoints.convert import convert
+from sightline.device import computing_with
+from sightline.errors import UserError, printable
+from sightline.evaluation.cache import Cache
+from sightline.images.decode import decode
+from sightline.images.preprocess import Preprocess
+from sightline.inference.choose import choose
+from sightline.model import Model, load
+from sightline.network import count_parameters
+
+FOLDERS: Mapping[str, tuple[int, int, int]] = {"small": (375, 500, 200), "large": (3000, 4000, 50)}
+"""Height, width and usual number of the JPEGs."""
+
+OWN: Mapping[str, Mapping[str, Any]] = {
+    OURS: {},
+    f"{OURS}, fp32": {"precision": "fp32"},
+    f"{OURS}, --draft": {"draft": True},
+}
+"""Ways of `predict`, and what they ask `choose` for; the first is held against all others."""
+
+BATCH = 8
+"""At which the pipeline of transformers is best on processors."""
+
+
+def predict(plan: Plan, machine: Machine) -> Iterator[Table]:
+    """Paths to top-1 labels: reading, resizing and the network, all of it; drawn pictures, random weights."""
+    with tempfile.TemporaryDirectory(prefix="sightline-bench-") as folder:
+        room = Path(folder)
+        model = _saved(plan, room)
+        sides, notes = _contenders(plan, model, room)
+        for kind, (height, width, usual) in FOLDERS.items():
+            count = plan.images or usual
+            paths = draw(room / kind, height, width, count)
+            answers: dict[str, list[str]] = {}
+            contenders = [Contender(name, partial(_noted, answers, name, run, paths)) for name, run, _ in sides]
+            timed = take_turns(contenders, plan.rounds)
+            rows = rows_of(timed, [size for _, _, size in sides], count)
+            title = f"predict, {plan.model}, {count} JPEGs of {width}×{height}"
+            told = [*notes, *_agreement(answers), _shares(model, paths[0], plan)]
+            told += [f"{name}: {why}" for name, run, _ in sides if (why := getattr(run, "why", ""))]
+            yield Table("predict", title, count, ",".join(plan.precisions), rows, notes=told)
+
+
+Run = Callable[[list[str]], list[str]]
+"""Paths to the label of each."""
+
+
+def draw(folder: Path, height: int, width: int, count: int) -> list[str]:
+    """JPEGs of quality 90 with waves and grain: about as many bytes as photographs have."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    waves = [np.sin(y / rng.uniform(9, 90) + x / rng.uniform(9, 90) + rng.uniform(0, 6)) for _ in range(3)]
+    grain = rng.normal(0, 6, (height, width, 1)).astype(np.float32)
+    picture = np.clip(128 + 80 * np.stack(waves, axis=-1) + grain, 0, 255).astype(np.uint8)
+    paths = []
+    for i in range(count):
+        paths.append(str(folder / f"{i:06d}.jpg"))
+        Image.fromarray(np.roll(picture, (37 * i, 53 * i), axis=(0, 1))).save(paths[-1], quality=90)
+    return paths
+
+
+def _noted(answers: dict[str, list[str]], name: str, run: Run, paths: list[str]) -> None:
+    answers[name] = run(paths)
+
+
+def _agreement(answers: Mapping[str, list[str]]) -> list[str]:
+    """How many labels are those of the first in plain fp32, where weights are the same."""
+    base = answers[f"{OURS}, fp32"]
+    shares = []
+    for name, found in answers.items():
+        if name != f"{OURS}, fp32" and not name.startswith("timm"):  # which draws weights of its own
+            same = sum(a == b for a, b in zip(found, base, strict=True)) / len(base)
+            shares.append(f"{name} {same:.1%}")
+    return [f"the same labels as in fp32: {'; '.join(shares)}"]
+
+
+def _saved(plan: Plan, room: Path) -> Model:
+    """The network with random weights, as a model directory of ours and, where it can be, as one of transformers."""
+    network = plan.architecture().build()
+    for parameter in network.head.classifier.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    half = (0.5, 0.5, 0.5)
+    size = network.backbone.config.image_size
+    contract = Preprocess(size, resize="squash", interpolation="bilinear", mean=half, std=half)
+    Model(network.eval(), contract, tuple(f"class {i}" for i in range(CLASSES))).save(room / "ours")
+    return load(room / "ours")
+
+
+def _contenders(plan: Plan, model: Model, room: Path) -> tuple[list[tuple[str, Run, int]], list[str]]:
+    """Name, work and parameters of each, and remarks about those that are left out."""
+    size, cache = count_parameters(model.network), Cache(room / "speeds", 2**20)
+    found: list[tuple[str, Run, int]] = [(name, _Ours(model, cache, plan, **told), size) for name, told in OWN.items()]
+    low = [PRECISIONS[name].dtype for name in plan.precisions if name != "fp32"]
+    notes = []
+    if "transformers" in plan.peers:
+        try:
+            convert(str(room / "ours"), "transformers", room / "theirs")
+        except UserError as fault:
+            notes.append(f"transformers is left out: {printable(fault, 200)}")
+        else:
+            ways: list[tuple[str, dict[str, Any]]] = [("transformers' pipeline", {})]
+            ways += [(f"transformers' pipeline, batches of {BATCH}", {"batch_size": BATCH})]
+            ways += [(f"{ways[1][0]}, {_short(dtype)}", {"batch_size": BATCH, "dtype": dtype}) for dtype in low]
+            found += [(name, _pipeline(room / "theirs", plan, **told), size) for name, told in ways]
+    if "timm" in plan.peers:
+        if PEERS["timm"].network(plan.architecture(), CLASSES) is None:
+            notes.append(f"timm {PEERS['timm'].version} has no {plan.model} like this")
+        else:
+            for workers in (0, 2):
+                for dtype in (torch.float32, *low):
+                    name = f"timm, {workers} workers" + ("" if dtype == torch.float32 else f", {_short(dtype)}")
+                    found.append((name, _Timm(plan, dtype, workers), size))
+    return found, notes
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(name for name, row in PRECISIONS.items() if row.dtype == dtype)
+
+
+class _Ours:
+    """What `sightline predict` does; `why` says how it chose to."""
+
+    def __init__(self, model: Model, cache: Cache, plan: Plan, *, draft: bool = False, precision: str = "auto"):
+        self.model = replace(model, preprocess=model.preprocess.replace(draft=True)) if draft else model
+        self.cache, self.device, self.precision, self.why = cache, str(plan.device), precision, ""
+
+    def __call__(self, paths: list[str]) -> list[str]:
+        predictor = self.model.predictor(device=self.device, top=1, precision=self.precision)
+        chosen = choose(predictor, paths, cache=self.cache, precision=self.precision)
+        self.why = chosen.why
+        labels = []
+        for answer in chosen.predictor.predict(chosen.sources):
+            reply: Any = answer.prediction
+            assert reply is not None, answer.error
+            labels.append(reply.label)
+        return labels
+
+
+def _pipeline(folder: Path, plan: Plan, **settings: Any) -> Run:
+    """Transformers' pipeline, called with a list of paths."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    batch = {key: settings.pop(key) for key in ("batch_size",) if key in settings}
+    pipe: Any = pipeline("image-classification", str(folder), device=str(plan.device), **settings)
+    return lambda paths: [answer[0]["label"] for answer in pipe(paths, **batch)]
+
+
+class _Timm:
+    """Timm's transform and dataset, torch's DataLoader, and the network in a loop."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype, workers: int):
+        from timm.data import create_transform, resolve_data_config
+
+        network = PEERS["timm"].network(plan.architecture(), CLASSES)
+        assert network is not None, "asked before"
+        size = plan.architecture().backbone.image_size
+        self.transform = create_transform(**resolve_data_config({"input_size": (3, *size)}, model=network))
+        self.network, self.dtype = network.eval().to(plan.device, dtype), dtype
+        self.workers, self.device = workers, plan.device
+
+    def __call__(self, paths: list[str]) -> list[str]:
+        from timm.data import ImageDataset
+        from torch.utils.data import DataLoader
+
+        dataset: Any = ImageDataset(str(Path(paths[0]).parent), transform=self.transform)
+        found = []
+        with torch.inference_mode():
+            for pixels, _ in DataLoader(dataset, batch_size=16, num_workers=self.workers):
+                scores = self.network(pixels.to(self.device, self.dtype))
+                found += [f"class {i}" for i in scores.argmax(dim=1).tolist()]
+        return found
+
+
+def _shares(model: Model, path: str, plan: Plan) -> str:
+    """What one image costs one thread: decoding, resizing, and the network."""
+    image, drafted = decode(path), model.preprocess.replace(draft=True)
+    predictor = model.predictor(device=str(plan.device), precision="fp32")
+    batch: Any = [predictor.prepare(path)] * BATCH
+    parts: dict[str, tuple[Callable[[], Any], int]] = {
+        "decoding": (lambda: decode(path), 1),
+        "resizing": (lambda: model.preprocess.normalise(model.preprocess.fit(image)), 1),
+        "both with --draft": (lambda: drafted(path), 1),
+    }
+    for name in plan.precisions:
+        other = PRECISIONS[name].ours(model, plan).altered(cores=1)
+        parts[f"the network in {name}"] = (partial(other.compute, batch, features=False), BATCH)
+    with computing_with(1):
+        told = [f"{name} {1000 * _best(work) / images:.2f} ms" for name, (work, images) in parts.items()]
+    return f"an image on one thread: {', '.join(told)}"
+
+
+def _best(work: Callable[[], Any], times: int = 5) -> float:
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
