@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import small_sets
 import torch
+from PIL import Image
 from torch import Tensor
 
 import sightline
-from sightline.datasets.folder import write_images
 from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
 from sightline.evaluation.knn import knn_accuracy
+from sightline.images.decode import decode
 from sightline.layers.dense import fast_products
 from sightline.recipes.pretrain import pretrain
 from sightline.types import Batch
@@ -110,6 +111,14 @@ def told(scores: list[float]) -> str:
     return f"{100 * statistics.fmean(scores):.1f} ± {100 * spread:.1f}"
 
 
+def write(images: ImageSet, folder: Path) -> None:
+    """Writes a set as a folder of classes."""
+    for number, (image, target, _) in enumerate(images.samples):
+        file = folder / images.classes[target] / f"{number:05d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(decode(image)).save(file)
+
+
 def labels(request: argparse.Namespace, home: Path) -> None:
     """The table of training with ten labels a class."""
     rows: dict[tuple[str, str], list[float]] = {}
@@ -120,8 +129,8 @@ def labels(request: argparse.Namespace, home: Path) -> None:
             for target in range(len(splits.train.classes)):
                 chosen += random.permutation(np.flatnonzero(splits.train.targets == target))[:SHOTS].tolist()
             few = home / f"{name}-few-{seed}"
-            write_images(splits.train.select(np.sort(np.array(chosen))), few / "train")
-            write_images(splits.val, few / "val")
+            write(splits.train.select(np.sort(np.array(chosen))), few / "train")
+            write(splits.val, few / "val")
             for start in ["scratch", SHIPPED, *request.only]:
                 given: dict[str, Any] = {"weights": SHIPPED} if start == SHIPPED else {}
                 if start in OBJECTIVES:
