@@ -16,8 +16,10 @@ from sightline.benching.contenders import Programs, model_of, noise, others
 from sightline.benching.peers import PEERS, TORCHVISION, Peer
 from sightline.benching.rounds import Contender, Ratio, Timed, by_clock, growth, take_turns
 from sightline.benching.tables import CLASSES, Plan
+from sightline.device import INT8
 from sightline.errors import UserError
 from sightline.inference.predictor import Ready
+from sightline.inference.quantised import multiplies_int8
 from sightline.network import count_parameters, create_model, describe, list_models
 from sightline.types import Placement
 
@@ -91,6 +93,22 @@ def test_peers_take_part_in_their_best_settings():
     image = Ready("", torch.zeros(3, 64, 64), Placement((64, 64), (1.0, 1.0), (0.0, 0.0), (64, 64)))
     for entrant in found:
         entrant.on([image, image]).work()
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="this processor does not multiply 8-bit numbers")
+def test_8_bits_stand_beside_the_best_of_others():
+    plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), ("timm",), (INT8,), (2,), rounds=1, image_size=32)
+    (table,) = cases.forward(plan, MACHINE._replace(products={INT8: 1.0}))
+    assert [row.name for row in table.rows] == ["sightline", "timm", "timm, autocast"]
+    assert "others compute in bf16 here" in table.notes
+    assert list(cases.training(plan, MACHINE)) == []
+
+
+def test_8_bits_are_refused_where_there_are_none(monkeypatch):
+    monkeypatch.setattr("sightline.benching.contenders.multiplies_int8", lambda: False)
+    plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), precisions=(INT8,), image_size=32)
+    with pytest.raises(UserError, match="leave int8 out"):
+        list(cases.forward(plan, MACHINE))
 
 
 def test_programs_compute_the_same_network(monkeypatch):

@@ -70,7 +70,7 @@ def bench(
                 raise UserError(f"unknown {kind} '{printable(name)}'.{suggest(name, known)} There are {listed}.")
     versions = {name: PEERS[name].version for name in plan.peers}
     present = replace(plan, peers=[name for name, version in versions.items() if version is not None])
-    here = machine(plan.device, {name: PRECISIONS[name].dtype for name in plan.precisions})
+    here = machine(plan.device, {name: PRECISIONS[name].own or PRECISIONS[name].dtype for name in plan.precisions})
     absent = [f"{name} is not installed, and is left out" for name, version in versions.items() if version is None]
     tell([*described(here), *absent])
     tables = []

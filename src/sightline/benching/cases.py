@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from sightline.benching.ceilings import Machine, timer_of
-from sightline.benching.contenders import PRECISIONS, Programs, model_of, noise, others, ours
+from sightline.benching.contenders import PRECISIONS, Programs, model_of, noise, others, ours, shared
 from sightline.benching.folders import predict
 from sightline.benching.learning import mae, training
 from sightline.benching.memory import Memory
@@ -42,8 +42,8 @@ def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
 
 
 def resolution(plan: Plan, machine: Machine) -> Iterator[Table]:
-    """Time and memory of one image, from small to large, in the first of the precisions."""
-    precision = plan.precisions[0]
+    """Time and memory of one image, from small to large, in the first of the precisions that others have, too."""
+    precision = (shared(plan) or ["fp32"])[0]
     points: list[Point] = []
     notes: list[str] = []
     for side in (*plan.sides[:1], *plan.sides):  # what all have in common is made for the first, which does not count

@@ -12,6 +12,7 @@ import torch
 from sightline.benching.rounds import by_clock
 from sightline.device import described_processor
 from sightline.inference.packed import PackedLinear, packs
+from sightline.inference.quantised import Grid, QuantisedLinear
 
 SHAPES = ((1576, 768, 3072), (1576, 3072, 768), (2048, 2048, 2048))
 """Rows, inner length and columns of the products: those of ViT-B/16's MLP for eight images, and a square."""
@@ -77,6 +78,11 @@ def timer_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 def _products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> float:
     rows, inner, columns = shape
+    if dtype == torch.int8:
+        layer = torch.nn.Linear(inner, columns)
+        eight = QuantisedLinear(PackedLinear(layer, torch.bfloat16), Grid(0.0, 1.0))
+        best = _best(partial(eight, torch.randint(256, (rows, inner), dtype=torch.uint8)), device)
+        return 2 * rows * inner * columns / best / 1e9
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(columns, inner, device=device).to(dtype)
     best = _best(lambda: torch.nn.functional.linear(a, b), device)

@@ -13,20 +13,26 @@ from torch import Tensor, nn
 from sightline.benching.peers import PEERS
 from sightline.benching.rounds import Contender
 from sightline.benching.tables import CLASSES, OURS, Plan
+from sightline.device import INT8
 from sightline.errors import UserError, WorkError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.inference.export import Format, export
 from sightline.inference.predictor import Predictor, Ready
+from sightline.inference.quantised import calibrated, multiplies_int8
 from sightline.inference.runtimes import RUNTIMES, OpenVinoProgram, Runtime
 from sightline.model import Model
 from sightline.network import Architecture, Network, count_parameters
 
 
 class Precision(NamedTuple):
-    """What others compute in, whose products are the peak, and how `predict` computes long jobs in it."""
+    """What others compute in, and how `predict` computes long jobs in it.
+
+    `own` is what Sightline multiplies, where others have nothing like it; its products are the peak then.
+    """
 
     dtype: torch.dtype
     ours: Callable[[Model, Plan], Predictor]
+    own: torch.dtype | None = None
 
 
 def _predicting(precision: str) -> Callable[[Model, Plan], Predictor]:
@@ -37,12 +43,30 @@ def _predicting(precision: str) -> Callable[[Model, Plan], Predictor]:
     return made
 
 
+def _in_8_bits(model: Model, plan: Plan) -> Predictor:
+    if plan.device.type != "cpu" or not multiplies_int8():
+        raise UserError(f"{plan.device} does not multiply 8-bit numbers here: leave int8 out of --precision")
+    predictor = _predicting("bf16")(model, plan)
+    grids = calibrated(model.network, [_stacked(noise(predictor, CALIBRATING))])
+    return predictor.altered(precision=torch.int8, grids=grids)
+
+
+CALIBRATING = 8
+"""Images without meaning whose ranges 8 bits are made for: enough for speed, which does not depend on them."""
+
 PRECISIONS: Mapping[str, Precision] = {
     "fp32": Precision(torch.float32, _predicting("fp32")),
     "bf16": Precision(torch.bfloat16, _predicting("bf16")),
     "fp16": Precision(torch.float16, _predicting("fp16")),
+    INT8: Precision(torch.bfloat16, _in_8_bits, torch.int8),
 }
 """What there is to ask for."""
+
+
+def shared(plan: Plan) -> list[str]:
+    """Those of a plan's precisions in which others compute, too, and in which networks learn."""
+    return [name for name in plan.precisions if PRECISIONS[name].own is None]
+
 
 PROGRAMS: Mapping[str, tuple[Format, str]] = {
     "onnx": ("onnx", "ONNX Runtime"),
@@ -91,6 +115,8 @@ def others(plan: Plan, architecture: Architecture, precision: str) -> tuple[list
     """
     found, notes = list[Entrant](), list[str]()
     dtype = PRECISIONS[precision].dtype
+    if PRECISIONS[precision].own is not None and plan.peers:
+        notes.append("others compute in bf16 here")
     for name in plan.peers:
         peer = PEERS[name]
 
@@ -171,7 +197,7 @@ class Programs:
             called = f"sightline's export in {PROGRAMS[name][1]}"
             if precision == "fp32":
                 runtime = RUNTIMES[PROGRAMS[name][0]](path, outputs)
-            elif precision == "bf16" and name == "openvino":
+            elif PRECISIONS[precision].dtype == torch.bfloat16 and name == "openvino":
                 runtime = OpenVinoProgram(path, outputs, precision="bf16")
             else:
                 notes.append(f"{PROGRAMS[name][1]} computes this program in fp32 alone, and is left out in {precision}")

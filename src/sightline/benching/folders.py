@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from sightline.benching.ceilings import Machine
-from sightline.benching.contenders import PRECISIONS
+from sightline.benching.contenders import PRECISIONS, shared
 from sightline.benching.peers import PEERS
 from sightline.benching.rounds import Contender, take_turns
 from sightline.benching.tables import CLASSES, OURS, Plan, Table, rows_of
 from sightline.checkpoints.convert import convert
-from sightline.device import computing_with
+from sightline.device import INT8, computing_with
 from sightline.errors import UserError, printable
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import decode
@@ -36,6 +36,12 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     f"{OURS}, --draft": {"draft": True},
 }
 """Ways of `predict`, and what they ask `choose` for; the first is held against all others."""
+
+ASKED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    # Answers of random weights nearly tie: what 8 bits do to answers has to be measured on trained ones.
+    INT8: (f"{OURS}, {INT8}", {"precision": INT8, "agreement": 0.001}),
+}
+"""Those that are measured where their precision is asked for."""
 
 BATCH = 8
 """At which the pipeline of transformers is best on processors."""
@@ -109,8 +115,9 @@ def _saved(plan: Plan, room: Path) -> Model:
 def _contenders(plan: Plan, model: Model, room: Path) -> tuple[list[tuple[str, Run, int]], list[str]]:
     """Name, work and parameters of each, and remarks about those that are left out."""
     size, cache = count_parameters(model.network), Cache(room / "speeds", 2**20)
-    found: list[tuple[str, Run, int]] = [(name, _Ours(model, cache, plan, **told), size) for name, told in OWN.items()]
-    low = [PRECISIONS[name].dtype for name in plan.precisions if name != "fp32"]
+    own = {**OWN, **dict(ASKED[name] for name in plan.precisions if name in ASKED)}
+    found: list[tuple[str, Run, int]] = [(name, _Ours(model, cache, plan, **told), size) for name, told in own.items()]
+    low = [PRECISIONS[name].dtype for name in shared(plan) if name != "fp32"]
     notes = []
     if "transformers" in plan.peers:
         try:
@@ -140,13 +147,16 @@ def _short(dtype: torch.dtype) -> str:
 class _Ours:
     """What `sightline predict` does; `why` says how it chose to."""
 
-    def __init__(self, model: Model, cache: Cache, plan: Plan, *, draft: bool = False, precision: str = "auto"):
+    def __init__(self, model: Model, cache: Cache, plan: Plan, *, draft: bool = False, **asked: Any):
         self.model = replace(model, preprocess=model.preprocess.replace(draft=True)) if draft else model
-        self.cache, self.device, self.precision, self.why = cache, str(plan.device), precision, ""
+        self.cache, self.device, self.asked, self.why = cache, str(plan.device), asked, ""
 
     def __call__(self, paths: list[str]) -> list[str]:
-        predictor = self.model.predictor(device=self.device, top=1, precision=self.precision)
-        chosen = choose(predictor, paths, cache=self.cache, precision=self.precision)
+        precision = self.asked.get("precision", "auto")
+        predictor = self.model.predictor(
+            device=self.device, top=1, precision="fp32" if precision in ASKED else precision
+        )
+        chosen = choose(predictor, paths, cache=self.cache, **{"precision": precision, **self.asked})
         self.why = chosen.why
         labels = []
         for answer in chosen.predictor.predict(chosen.sources):

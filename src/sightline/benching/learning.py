@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sightline.benching.ceilings import Machine, settled, timer_of
-from sightline.benching.contenders import PRECISIONS
+from sightline.benching.contenders import PRECISIONS, shared
 from sightline.benching.memory import most_of
 from sightline.benching.peers import PEERS, masked_autoencoder
 from sightline.benching.rounds import Contender, take_turns
@@ -37,7 +37,7 @@ def training(plan: Plan, machine: Machine) -> Iterator[Table]:
     """One update of the weights: forward, backward, a clipped gradient, AdamW; beside a plain loop around others."""
     architecture, batch = plan.architecture(), max(plan.batch_sizes)
     flops = (1 + STEPWISE) * 2 * count_macs(architecture)
-    for precision in plan.precisions:
+    for precision in shared(plan):
         dtype = PRECISIONS[precision].dtype
         given = _batch(batch, architecture.backbone.image_size).to(plan.device)
         sides: list[tuple[Contender, int]] = []
@@ -75,7 +75,7 @@ def training(plan: Plan, machine: Machine) -> Iterator[Table]:
 def mae(plan: Plan, machine: Machine) -> Iterator[Table]:
     """One update of a masked autoencoder with the decoder of the paper, beside transformers' in a plain loop."""
     architecture, batch = plan.architecture(), max(plan.batch_sizes)
-    for precision in plan.precisions:
+    for precision in shared(plan):
         dtype, title = PRECISIONS[precision].dtype, f"mae, {plan.model}{_size(plan)}, batches of {batch}, {precision}"
         given = _batch(batch, architecture.backbone.image_size).to(plan.device)
         try:

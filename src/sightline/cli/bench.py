@@ -19,7 +19,7 @@ def arguments(parser: Any) -> None:
     parser.add_argument("--runtimes", default="onnx,openvino", metavar="R,R,…", help=words)
     words = "what is measured: forward, training, mae, predict, resolution"
     parser.add_argument("--cases", default="forward,training,resolution", metavar="C,C,…", help=words)
-    parser.add_argument("--precision", default="fp32", metavar="P,P,…", help="fp32, bf16 or fp16, or several")
+    parser.add_argument("--precision", default="fp32", metavar="P,P,…", help="fp32, bf16, fp16 or int8, or several")
     parser.add_argument(
         "--batch-size", default="1,8", metavar="N,N,…", help="images at a time; training takes the most"
     )
