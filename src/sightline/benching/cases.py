@@ -5,6 +5,7 @@ A case is a row of `CASES`: from a `Plan` and the machine to `Table`s.
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 
 from sightline.benching.ceilings import Machine, timer_of
@@ -23,22 +24,22 @@ def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
     architecture = plan.architecture()
     flops = 2 * count_macs(architecture)
     model = model_of(architecture.build())
-    programs, timer = Programs(model, plan), timer_of(plan.device)
-    for precision in plan.precisions:
-        predictor = PRECISIONS[precision].ours(model, plan)
-        peers, notes = others(plan, architecture, precision)
-        written, remarks = programs.entrants(precision)
-        entrants = [ours(predictor), *peers, *written]
-        images = noise(predictor, max(plan.batch_sizes))
-        for batch in plan.batch_sizes:
-            timed = take_turns([entrant.on(images[:batch]) for entrant in entrants], plan.rounds, timer)
-            title = f"forward, {plan.model}, batches of {batch}, {precision}"
-            sizes = [entrant.parameters for entrant in entrants]
-            rows = rows_of(timed, sizes, batch, flops=flops, peak=machine.products[precision])
-            yield Table("forward", title, batch, precision, rows, notes=[*notes, *remarks])
-        del entrants, peers, written, predictor
-        gc.collect()
-    programs.close()
+    timer = timer_of(plan.device)
+    with closing(Programs(model, plan)) as programs:
+        for precision in plan.precisions:
+            predictor = PRECISIONS[precision].ours(model, plan)
+            peers, notes = others(plan, architecture, precision)
+            written, remarks = programs.entrants(precision)
+            entrants = [ours(predictor), *peers, *written]
+            images = noise(predictor, max(plan.batch_sizes))
+            for batch in plan.batch_sizes:
+                timed = take_turns([entrant.on(images[:batch]) for entrant in entrants], plan.rounds, timer)
+                title = f"forward, {plan.model}, batches of {batch}, {precision}"
+                sizes = [entrant.parameters for entrant in entrants]
+                rows = rows_of(timed, sizes, batch, flops=flops, peak=machine.products[precision])
+                yield Table("forward", title, batch, precision, rows, notes=[*notes, *remarks])
+            del entrants, peers, written, predictor
+            gc.collect()
 
 
 def resolution(plan: Plan, machine: Machine) -> Iterator[Table]:
