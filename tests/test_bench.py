@@ -146,6 +146,7 @@ def test_a_step_of_a_masked_autoencoder_is_measured_beside_transformers():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where one core is all there is
 def test_folders_are_answered_by_all_alike(monkeypatch):
     monkeypatch.setattr("sightline.benching.folders.FOLDERS", {"tiny": (37, 53, 3)})
     plan = Plan("vit_tiny_patch16_224", torch.device("cpu"), ("timm", "transformers"), rounds=1, image_size=32)
