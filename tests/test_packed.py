@@ -4,11 +4,12 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from sightline.inference import predictor as predicting
 from sightline.inference.packed import LowBackbone, PackedLinear, PackedMlp, computes_bf16, packed, packs
-from sightline.inference.reading import readers
+from sightline.inference.reading import BLOCKS, readers
 from sightline.layers.attention import Attention
 from sightline.layers.encoder import ACTIVATIONS, Mlp
 from test_networks import KINDS, small
@@ -144,6 +145,19 @@ class TestPredictor:
 
 
 class TestReaders:
+    def test_memory_of_pictures_is_kept_for_the_next(self):
+        before = Image.core.get_blocks_max()
+        try:
+            Image.core.set_blocks_max(0)
+            with readers(1) as pool:
+                pool.submit(Image.new, "RGB", (5, 3)).result()
+            assert Image.core.get_blocks_max() == BLOCKS
+            Image.core.set_blocks_max(BLOCKS + 1)  # whoever keeps more goes on to
+            readers(1).shutdown()
+            assert Image.core.get_blocks_max() == BLOCKS + 1
+        finally:
+            Image.core.set_blocks_max(before)
+
     def test_each_computes_alone_and_nobody_else_does(self):
         before = torch.get_num_threads()
         torch.set_num_threads(2)

@@ -4,14 +4,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from PIL import Image
+
+BLOCKS = 8
+"""Pieces of memory, of 16 MB at most, that Pillow keeps from one picture to the next while many are read."""
 
 
 def readers(count: int) -> ThreadPoolExecutor:
     """A pool of `count` threads, each of which computes alone.
 
     Left to itself, every thread that resizes an image would bring as many helpers along as there are cores, and they
-    would wait for one another and for the network's.
+    would wait for one another and for the network's. Memory of large pictures is kept for the next: asked for anew,
+    every page of it has to be found and emptied, one thread after the other, which takes longer than decoding.
     """
+    Image.core.set_blocks_max(max(BLOCKS, Image.core.get_blocks_max()))
     most, together = torch.get_num_threads(), threading.Barrier(count + 1)
 
     def alone() -> None:
