@@ -94,8 +94,8 @@ def test_leaves_alone_what_it_is_not_for() -> None:
 
 @pytest.mark.usefixtures("slow_processor")
 def test_an_update_multiplies_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, product = [], room._product
-    monkeypatch.setattr(room, "_product", lambda x, *rest: (shapes.append(x.shape), product(x, *rest))[1])
+    shapes, product = [], room.product
+    monkeypatch.setattr(room, "product", lambda x, *rest: (shapes.append(x.shape), product(x, *rest))[1])
     settings = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
     network = sightline.create_model("vit_tiny_patch16_224", 5, 16, **settings)
     updater = Updater(Supervised(network), Settings(batch_size=2), World(0, 1, torch.device("cpu")), torch.float32)

@@ -79,16 +79,15 @@ def timer_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
 def _products(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> float:
     rows, inner, columns = shape
     if dtype == torch.int8:
-        layer = torch.nn.Linear(inner, columns)
-        eight = QuantisedLinear(PackedLinear(layer, torch.bfloat16), Grid(0.0, 1.0))
+        eight = QuantisedLinear(PackedLinear(torch.nn.Linear(inner, columns), torch.bfloat16), Grid(0.0, 1.0))
         best = _best(partial(eight, torch.randint(256, (rows, inner), dtype=torch.uint8)), device)
-        return 2 * rows * inner * columns / best / 1e9
-    a = torch.randn(rows, inner, device=device).to(dtype)
-    b = torch.randn(columns, inner, device=device).to(dtype)
-    best = _best(lambda: torch.nn.functional.linear(a, b), device)
-    if device.type == "cpu" and packs(dtype):  # the processor may read weights faster in an order of its own
-        layer = torch.nn.Linear(inner, columns, bias=False)
-        best = min(best, _best(partial(PackedLinear(layer, dtype), a), device))
+    else:
+        a = torch.randn(rows, inner, device=device).to(dtype)
+        b = torch.randn(columns, inner, device=device).to(dtype)
+        best = _best(lambda: torch.nn.functional.linear(a, b), device)
+        if device.type == "cpu" and packs(dtype):  # the processor may read weights faster in an order of its own
+            layer = torch.nn.Linear(inner, columns, bias=False)
+            best = min(best, _best(partial(PackedLinear(layer, dtype), a), device))
     return 2 * rows * inner * columns / best / 1e9
 
 

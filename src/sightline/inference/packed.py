@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sightline.layers.attention import Attention, writes_maps_out
-from sightline.layers.dense import Dense
+from sightline.layers.dense import Dense, product
 from sightline.layers.encoder import Mlp
 
 _INSIDE = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -22,7 +22,7 @@ def packs(dtype: torch.dtype) -> bool:
     """Whether this torch packs matrices of `dtype` for this processor, found out by doing it with a small one."""
     x, weight, bias = torch.ones(3, 32, dtype=dtype), torch.eye(32, dtype=dtype), torch.ones(32, dtype=dtype)
     try:
-        found = _product(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias, "gelu", "none")
+        found = product(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias, "gelu", "none")
         return torch.allclose(found.float(), F.gelu(torch.full((3, 32), 2.0)), atol=0.02)
     except (AttributeError, RuntimeError):
         return False
@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
             self.dense = None
-        return _product(x.to(self.dtype), self.packed, self.bias, *self.activation)
+        return product(x.to(self.dtype), self.packed, self.bias, *self.activation)
 
 
 class PackedMlp(nn.Module):
@@ -128,7 +128,3 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
         for name, values in (("weight", module.weight), ("bias", module.bias)):
             if values is not None:
                 setattr(module, name, nn.Parameter(values.detach().to(dtype), requires_grad=False))
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, kind: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind)

@@ -32,7 +32,7 @@ def dense(
     compiled = torch.compiler.is_compiling()  # or exported
     if compiled or not _fast.get() or torch.is_autocast_enabled("cpu") or not all(map(_single, (x, weight, bias))):
         return F.linear(x, weight, bias)
-    return DenseProduct.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    return DenseProduct.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def halved_by_mkl() -> bool:
 def multiplies() -> bool:
     """Whether this torch multiplies by oneDNN in fp32, found out by doing it."""
     try:
-        return torch.equal(_product(torch.ones(2, 3), torch.eye(3), None), torch.ones(2, 3))
+        return torch.equal(product(torch.ones(2, 3), torch.eye(3), None), torch.ones(2, 3))
     except (AttributeError, RuntimeError):
         return False
 
@@ -74,7 +74,7 @@ class DenseProduct(torch.autograd.Function):
         ctx: Any, x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
     ) -> Float[Tensor, "... o"]:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -83,12 +83,12 @@ class DenseProduct(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows, of_x, of_weight = slope.reshape(-1, slope.shape[-1]), None, None
         if wants_x:
-            of_x = _product(rows, weight.t(), None).view_as(x)
+            of_x = product(rows, weight.t(), None).view_as(x)
         if wants_weight:
             given = x.reshape(-1, x.shape[-1])
             # oneDNN divides its work along the rows of the result, and is a fifth faster where these are fewer.
             wide = weight.shape[0] > weight.shape[1]
-            of_weight = _product(given.t(), rows.t(), None).t() if wide else _product(rows.t(), given.t(), None)
+            of_weight = product(given.t(), rows.t(), None).t() if wide else product(rows.t(), given.t(), None)
         return of_x, of_weight, rows.sum(dim=0) if wants_bias else None
 
 
@@ -96,5 +96,6 @@ def _single(part: Tensor | None) -> bool:
     return part is None or (part.dtype == torch.float32 and part.device.type == "cpu" and part.numel() > 0)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", kind: str = "") -> Tensor:
+    """What oneDNN makes of x Wᵀ + b, of weights as they are or packed for it, and an activation as it calls it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind)
