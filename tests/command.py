@@ -40,7 +40,7 @@ def cli(*words: object) -> Said:
         pytest.raises(SystemExit) as left,
     ):
         main([str(word) for word in words])
-    assert "Traceback" not in err.getvalue()
+    assert "Traceback" not in err.getvalue(), err.getvalue()
     return Said(int(left.value.code or 0), out.getvalue(), err.getvalue())
 
 
@@ -53,7 +53,7 @@ def started(*words: object, **settings) -> subprocess.Popen:
 
 def ended(process: subprocess.Popen) -> Said:
     out, err = process.communicate(timeout=120)
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     return Said(process.returncode, out, err)
 
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from command import cli, ended, refusal, started
@@ -96,7 +97,8 @@ def test_requests_that_cannot_be_met(tmp_path):
     assert "does not exist" in refusal("check", tmp_path / "nowhere", "--quiet")
 
 
-def test_ctrl_c_ends_it_with_all_its_processes(tmp_path):
+@pytest.mark.parametrize("seconds", [0, 0.5])  # while the processes are started, and while they are at work
+def test_ctrl_c_ends_it_with_all_its_processes(seconds, tmp_path):
     root = sound(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     first = write(root / "train/a/big.png", encoded(Image.fromarray(noise), compress_level=1))
@@ -110,7 +112,7 @@ def test_ctrl_c_ends_it_with_all_its_processes(tmp_path):
     while len(workers := children.read_text().split()) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     assert len(workers) == 2
-    time.sleep(0.5)  # both are at work, and none is being started
+    time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     said = ended(process)
     assert said.status == 130

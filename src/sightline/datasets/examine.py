@@ -1,17 +1,21 @@
 """Looks at every image of a dataset once, in processes that may die of it: what it is, and a small picture of it."""
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +35,9 @@ ENOUGH = (512, 512)
 """A JPEG more than twice as large on both sides is decoded at a fraction of its size: half of the time is saved."""
 
 CHUNK = 16
+AHEAD = 2
+"""Chunks that each process may be asked for: it goes on while this one takes what it found."""
+
 PATIENCE = 120
 """Seconds that a chunk of images may take before its process is taken for hung."""
 
@@ -225,73 +232,124 @@ def each(
 
 @dataclass
 class _Crew:
-    """Processes that share the work, and are replaced when one dies."""
+    """Processes that share the work, and are replaced when one dies or hangs."""
 
     work: Callable[[Source], Any]
     samples: Samples
     workers: int
 
     def run(self, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        chunks = iter([rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)])
-        while True:
-            lost: list[Sequence[int]] = []
-            yield from self._share(chunks, self.workers, lost)
-            if not lost:
-                break
-            # Nobody knows which image it was: those that were at work are tried again, one by one.
-            for row in [row for chunk in lost for row in chunk]:
-                alone: list[Sequence[int]] = []
-                yield from self._share(iter([[row]]), 1, alone)
-                if alone:
-                    yield row, None
+        lost: list[int] = []
+        yield from self._share([rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)], self.workers, AHEAD, lost)
+        # Nobody knows which image it was: those that a lost process was to look at are tried again, one by one.
+        guilty: list[int] = []
+        yield from self._share([[row] for row in lost], 1, 1, guilty)
+        for row in guilty:
+            yield row, None
 
     def _share(
-        self, chunks: Iterator[Sequence[int]], workers: int, lost: list[Sequence[int]]
+        self, chunks: Sequence[Sequence[int]], workers: int, ahead: int, lost: list[int]
     ) -> Iterator[tuple[int, Any]]:
-        """Works until the chunks are done or a process is dead; then `lost` holds the chunks that were at work."""
-        pool = ProcessPoolExecutor(workers, _context(), initializer=_begin)
-        running: dict[Future, Sequence[int]] = {}
+        """Works until every chunk is done or lost; `lost` is given the rows of those that went with their process.
+
+        Each process is asked for as many as `ahead` chunks.
+        """
+        left = deque(chunks)
+        crew: dict[Connection, _Worker] = {}
         try:
-            while True:
-                while len(running) < 2 * workers and (chunk := next(chunks, None)) is not None:
-                    running[pool.submit(_work, self.work, [self.samples[row].image for row in chunk])] = chunk
-                if not running:
-                    return
-                ended, _ = wait(running, timeout=PATIENCE, return_when=FIRST_COMPLETED)
-                if not ended:  # hung
-                    lost += running.values()
-                    return
-                for future in ended:
-                    results = future.result()
-                    yield from zip(running.pop(future), results, strict=True)
-        except BrokenProcessPool:
-            lost += running.values()
+            while left or any(worker.owed for worker in crew.values()):
+                while left and (worker := self._free(crew, workers, ahead)) is not None:
+                    worker.ask(left.popleft())
+                until = min(worker.until for worker in crew.values() if worker.owed)
+                ready = wait(list(crew), timeout=max(until - time.monotonic(), 0.0))
+                for line, worker in list(crew.items()):
+                    answer = worker.answer() if line in ready else None
+                    if answer is not None:
+                        yield from answer
+                    elif line in ready or worker.hangs():
+                        lost += chain.from_iterable(worker.owed)
+                        worker.end()
+                        del crew[line]
         finally:
-            _end(pool)
+            for worker in crew.values():
+                worker.end()
+
+    def _free(self, crew: "dict[Connection, _Worker]", workers: int, ahead: int) -> "_Worker | None":
+        """Whoever can take another chunk."""
+        if len(crew) < workers:
+            worker = _Worker(self.work, self.samples)
+            crew[worker.line] = worker
+            return worker
+        worker = min(crew.values(), key=lambda worker: len(worker.owed))
+        return worker if len(worker.owed) < ahead else None
 
 
-def _work(work: Callable[[Source], Any], images: Iterable[Source]) -> list[Any]:
-    return [work(image) for image in images]
+class _Worker:
+    """One process, the line to it, and the chunks that it was asked for and owes."""
+
+    def __init__(self, work: Callable[[Source], Any], samples: Samples):
+        # A forked process has everything at hand; elsewhere than on Linux forking is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.line, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, samples, theirs), daemon=True)
+        with theirs, _held():
+            self.process.start()
+        self.owed: deque[Sequence[int]] = deque()
+        self.until = math.inf
+
+    def ask(self, rows: Sequence[int]) -> None:
+        if not self.owed:
+            self.until = time.monotonic() + PATIENCE
+        self.owed.append(rows)
+        with suppress(OSError):  # it is dead then, as the next look will find
+            self.line.send(rows)
+
+    def answer(self) -> list[tuple[int, Any]] | None:
+        """Rows with their results, None where the process is dead. Raises what the work raised."""
+        try:
+            made, results = self.line.recv()
+        except (EOFError, OSError):
+            return None
+        if not made:
+            raise results
+        self.until = time.monotonic() + PATIENCE
+        return list(zip(self.owed.popleft(), results, strict=True))
+
+    def hangs(self) -> bool:
+        return bool(self.owed) and time.monotonic() >= self.until
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.line.close()
 
 
-def _context() -> Any:
-    # A forked process has everything at hand; elsewhere than on Linux forking is not safe.
-    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _begin() -> None:
+@contextmanager
+def _held() -> Generator[None]:
+    """Signals wait until a process is started: they would meet it half made, with this one's handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(work: Callable[[Source], Any], samples: Samples, line: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     parent = multiprocessing.parent_process()
-    if parent is not None:  # whoever was killed outright leaves nobody behind
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _end(pool: ProcessPoolExecutor) -> None:
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        with suppress(OSError, ValueError):
-            process.kill()
-    for process in processes:
-        process.join()
+    assert parent is not None
+    # Whoever was killed outright leaves nobody behind.
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    while True:
+        rows = line.recv()
+        try:
+            answer: tuple[bool, Any] = (True, [work(samples[row].image) for row in rows])
+        except Exception as fault:
+            fault.add_note(traceback.format_exc())
+            answer = (False, fault)
+        line.send(answer)
