@@ -116,6 +116,8 @@ def test_objectives_that_look_at_pixels_are_measured():
 class Linear(Forecast):
     """A step takes 7 bytes of gradients and 11 an image, or 3 an image where activations are recomputed."""
 
+    compares = False
+
     def __init__(self, **settings):
         self.settings = Settings(**settings)
 
@@ -149,6 +151,23 @@ def test_the_plan_takes_as_many_images_as_fit(free, settings, micro_batch, check
     assert (plan.micro_batch, plan.checkpointing) == (micro_batch, checkpointing)
     assert said in plan.words
     assert bool(plan.words) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("free", "settings", "micro_batch", "checkpointing", "said"),
+    [
+        (132 + 11 * 64, {}, None, True, "they stay together and activations are computed twice"),
+        (133 + 3 * 64 - 1, {}, 16, False, "16 go at a time (compared with no others): about"),
+        (132 + 3 * 64, {"checkpointing": True}, 62, True, "62 go at a time (compared with no others): about"),
+    ],
+)
+def test_images_that_are_compared_stay_together_if_they_can(free, settings, micro_batch, checkpointing, said):
+    class Comparing(Linear):
+        compares = True
+
+    plan = plan_memory(Comparing(**settings), 64, free)
+    assert (plan.micro_batch, plan.checkpointing) == (micro_batch, checkpointing)
+    assert said in plan.words
 
 
 def test_what_fits_easily_is_not_looked_at(monkeypatch):

@@ -107,6 +107,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name, few, teacher, book, tmp_pa
     assert (record["status"], record["task"], record["recipe"]["objective"]) == ("finished", "pretrain", name)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_what_memory_does_not_hold_goes_in_parts(name, few, teacher, book, tmp_path, monkeypatch):
+    monkeypatch.setattr("sightline.recipes.memory.held", lambda device: 0)
+    told = {**words(name, few, teacher, book), "memory": 0.001, "epochs": 0.2}
+    done = pretrain(few, out=tmp_path / "run", **told)
+    settings = json.loads((done.directory / "run.json").read_text())["recipe"]["settings"]
+    assert settings["checkpointing"] or settings["micro_batch"] < settings["batch_size"]
+    assert all(np.isfinite(record["loss"]) for record in read(done.directory / "metrics.jsonl") if "loss" in record)
+
+
 def test_a_plain_folder_suffices_and_training_goes_on_from_it(loose, few, tmp_path):
     out = tmp_path / "features"
     said = cli(

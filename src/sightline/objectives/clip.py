@@ -22,6 +22,7 @@ class Contrastive(Objective):
     """
 
     task = "clip"
+    compares = True
 
     def __init__(self, network: ImageTextNetwork):
         super().__init__()

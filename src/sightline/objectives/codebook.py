@@ -96,6 +96,7 @@ class Codebook(Objective):
     """
 
     Config = CodebookConfig
+    compares = True
 
     def __init__(self, network: Network, config: CodebookConfig = CodebookConfig()):
         super().__init__()

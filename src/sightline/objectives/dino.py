@@ -90,6 +90,7 @@ class DINO(Objective):
     """
 
     Config = DINOConfig
+    compares = True
 
     def __init__(self, network: Network, config: DINOConfig = DINOConfig()):
         super().__init__()

@@ -34,6 +34,9 @@ class Objective(nn.Module, ABC):
     task: ClassVar[str | None] = None
     """The key of a task whose own runs teach it, on data of its own; None where any images will do."""
 
+    compares: ClassVar[bool] = False
+    """Whether the images of a batch are held against each other, so that parts of it teach something else."""
+
     first: ClassVar[Mapping[str, str]] = {}
     """Settings that name a model, and the objective that learns one first where the user names none."""
 

@@ -8,11 +8,11 @@ import torch
 
 from sightline.checkpoints.load import load_bundle
 from sightline.datasets.image_set import ImageSet
-from sightline.device import computing_with, give_back_at_once, pick_precision
+from sightline.device import computing_with, pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
 from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch
-from sightline.recipes.memory import Forecast, may_be_taken, plan_memory
+from sightline.recipes.memory import within_memory
 from sightline.recipes.pace import measure, noise_of
 from sightline.recipes.recipe import Facts, Recipe, evaluations, facts
 from sightline.recipes.task import Task
@@ -67,7 +67,8 @@ def autopilot(
         chosen, taught = _from_weights(task, known, model, weights, recipe or usual, network)
         chosen = chosen.told({"evaluations": evaluations(settings.get("minutes"))}, {})
     chosen = sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
-    chosen, words = _within_memory(task, chosen, taught, world)
+    objective = task.objective(taught, chosen.settings)
+    chosen, words = within_memory(chosen, objective, noise_of(taught, task.noise), world)
     seconds = _measured(task, chosen, taught, world)
     return chosen, taught, [_estimate(chosen, seconds, len(images)), *([words] if words else [])]
 
@@ -117,21 +118,6 @@ def sharing(recipe: Recipe, network: Network, images: int, world: World) -> Reci
     work = 6 * count_parameters(network) * tokens * batch / world.size
     threads = recipe.settings.threads or (1 if work < SMALL_WORK else torch.get_num_threads())
     return recipe.told({"batch_size": batch, "threads": threads}, {})
-
-
-def _within_memory(task: Task, recipe: Recipe, network: Network, world: World) -> tuple[Recipe, str]:
-    """The recipe with as many images at a time as memory bears, and what there is to say of it."""
-    settings, noise = recipe.settings, noise_of(network, task.noise)
-    forecast = Forecast(
-        task.objective(network, settings), settings, noise, pick_precision(settings.precision, world.device)
-    )
-    free = may_be_taken(settings, world.device, world.size)
-    if world.device.type == "cuda":  # where the weights are still to come
-        free -= forecast.weights
-    plan = world.agree(plan_memory(forecast, settings.batch_size // world.size, free))
-    if plan.checkpointing or settings.memory:
-        give_back_at_once()  # the measurement that follows is the first to need it
-    return recipe.told({"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}, {}), plan.words
 
 
 def _measured(task: Task, recipe: Recipe, network: Network, world: World) -> float:

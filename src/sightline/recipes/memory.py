@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sightline.device import give_back_at_once, pick_precision
 from sightline.network import count_parameters, recompute
 from sightline.objectives.objective import Objective
+from sightline.recipes.recipe import Recipe
+from sightline.training.distributed import World
 from sightline.training.optimizer import groups
 from sightline.training.settings import Settings
 from sightline.types import Batch
@@ -86,6 +89,11 @@ class Forecast:
         self.kept: dict[bool, int] = {}
         self.known: dict[tuple[int, bool], int] = {}
 
+    @property
+    def compares(self) -> bool:
+        """Whether images that go at a time are compared with each other."""
+        return self.objective.compares
+
     def need(self, images: int, checkpointing: bool) -> Need:
         """What a training with so many images at a time takes."""
         copies = self.weights + self.moments + self.average
@@ -131,7 +139,8 @@ class Forecast:
         device = next(objective.parameters()).device
         batch = self.noise(images)
         with shapes:
-            batch = batch._replace(pixels=shapes.from_tensor(batch.pixels))
+            views = tuple(map(shapes.from_tensor, batch.views))
+            batch = batch._replace(pixels=shapes.from_tensor(batch.pixels), views=views)
             with _Holding(objective) as holding:
                 enabled = self.precision != torch.float32
                 with torch.autocast(device.type, self.precision if enabled else None, enabled=enabled):
@@ -202,7 +211,8 @@ def plan_memory(forecast: Forecast, images: int, free: int) -> MemoryPlan:
     """The plan for batches of `images` where `free` bytes may be taken besides the weights.
 
     All images at a time where they fit; else as many pairs as fit; and where not even one pair does, the same with
-    activations that are computed twice instead of kept. What the settings say of either stays.
+    activations that are computed twice instead of kept. Where the objective compares images, all at a time come first
+    with these, too. What the settings say of either stays.
     """
     settings = forecast.settings
     if settings.memory is None and forecast.surely(min(settings.micro_batch or images, images), free):
@@ -212,8 +222,11 @@ def plan_memory(forecast: Forecast, images: int, free: int) -> MemoryPlan:
     told = f"memory: about {whole}, of {(free + whole.weights) / GB:.2g} GB that may be taken"
     if whole.further <= free:
         return MemoryPlan(settings.micro_batch, settings.checkpointing, told if settings.memory else "")
-    for again in [True] if settings.checkpointing else [False, True]:
-        fitting = start if settings.micro_batch else _fitting(forecast, start, free, again)
+    ways = [(again, False) for again in ([True] if settings.checkpointing else [False, True])]
+    if forecast.compares and not settings.checkpointing:
+        ways.insert(0, (True, True))
+    for again, whole_batch in ways:
+        fitting = start if settings.micro_batch or whole_batch else _fitting(forecast, start, free, again)
         need = forecast.need(max(fitting, min(2, start)), again)
         if fitting and need.further <= free:
             break
@@ -221,12 +234,27 @@ def plan_memory(forecast: Forecast, images: int, free: int) -> MemoryPlan:
     words = f"memory: {start} images at a time would take {(whole.weights + whole.further) / GB:.2g} GB, and "
     words += f"{(free + whole.weights) / GB:.2g} may be taken; so "
     words += f"{need.images} go at a time" if need.images < start else "they stay together"
+    if need.images < start and forecast.compares:
+        words += " (compared with no others)"
     if again and not settings.checkpointing:
         words += " and activations are computed twice instead of kept, which takes about a third longer"
     words += f": about {need}"
     if need.further > free:
         words += ", which is still more: take smaller images (--image-size) or a smaller model (--model)"
     return MemoryPlan(parts, again, words)
+
+
+def within_memory(recipe: Recipe, objective: Objective, noise: Noise, world: World) -> tuple[Recipe, str]:
+    """The recipe with as many images at a time as memory bears, and what there is to say of it."""
+    settings = recipe.settings
+    forecast = Forecast(objective, settings, noise, pick_precision(settings.precision, world.device))
+    free = may_be_taken(settings, world.device, world.size)
+    if world.device.type == "cuda":  # where the weights are still to come
+        free -= forecast.weights
+    plan = world.agree(plan_memory(forecast, settings.batch_size // world.size, free))
+    if plan.checkpointing or settings.memory:
+        give_back_at_once()  # measurements that follow are the first to need it
+    return recipe.told({"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}, {}), plan.words
 
 
 def _fitting(forecast: Forecast, most: int, free: int, checkpointing: bool) -> int:

@@ -26,6 +26,8 @@ from sightline.network import Network
 from sightline.objectives.objective import Objective
 from sightline.recipes.autopilot import sharing
 from sightline.recipes.ingredients import gathered, made
+from sightline.recipes.memory import Noise, within_memory
+from sightline.recipes.pace import class_indices
 from sightline.recipes.pretraining import beside, chosen
 from sightline.recipes.recipe import Recipe, facts
 from sightline.recipes.running import RETOLD, Run, hold, require_same_data, stem
@@ -39,6 +41,7 @@ from sightline.training.distributed import World, join, leave
 from sightline.training.loop import Outcome
 from sightline.training.run import RunFolder
 from sightline.training.vitals import spread
+from sightline.types import Batch
 
 NEIGHBOURS = 4000
 """Training images that are known to the nearest-neighbour classifier, evenly taken: enough to judge by."""
@@ -133,8 +136,12 @@ def pretrain(
             require_same_data(splits, record, folder)
         torch.manual_seed(plan.settings.seed)
         taught = plan.architecture.build()
-        ready = made(plan, taught, splits, folder.path, world.device)
-        return _Pretraining(folder, splits, plan, ready, world, quiet).go(resume, record, [], time.monotonic() - began)
+        ready, remarks = made(plan, taught, splits, folder.path, world.device), []
+        if not resume:
+            plan, words = within_memory(plan, ready, _noise(plan, ready), world)
+            remarks += [words] if words else []
+        run = _Pretraining(folder, splits, plan, ready, world, quiet)
+        return run.go(resume, record, remarks, time.monotonic() - began)
 
 
 def home(data: str | Path, objective: str, out: str | Path | None) -> RunFolder:
@@ -206,6 +213,20 @@ def _planned(
     require(plan.settings.patience is None or classes > 0, "patience needs labels to judge by, and there are none")
     config = from_json(kind.Config, {**plan.options, **options}, objective)
     return replace(plan, options=vars(config))
+
+
+def _noise(recipe: Recipe, objective: Objective) -> Noise:
+    """What makes batches of one image of noise, as the objective reads them, without memory for each."""
+    rows, columns = recipe.preprocess.size
+    image = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    seen = objective.views(recipe.augment, recipe.preprocess)(image, 0)
+
+    def drawn(images: int) -> Batch:
+        pixels, *views = (view.expand(images, *view.shape) for view in (seen if isinstance(seen, tuple) else (seen,)))
+        index = torch.arange(images)
+        return Batch(pixels, class_indices(images, (rows, columns)), index, index, None, tuple(views))
+
+    return drawn
 
 
 class _Pretraining(Run):
