@@ -14,7 +14,7 @@ from sightline.model import load
 from sightline.network import describe
 from sightline.objectives.supervised import Supervised
 from sightline.recipes.autopilot import autopilot
-from sightline.recipes.fine_tune import ahead_of_scratch
+from sightline.recipes.fine_tune import ahead_of_scratch, usual
 from sightline.recipes.from_scratch import SIZES, from_scratch, resolution
 from sightline.recipes.mirroring import mirroring
 from sightline.recipes.pace import measure
@@ -152,6 +152,10 @@ class TestChoice:
         assert not ahead_of_scratch(Facts(80, 2, (48, 31)))
         assert ahead_of_scratch(Facts(4_999, 200, (32, 48)))
         assert not ahead_of_scratch(Facts(5_000, 200, (32, 48)))
+
+    def test_small_networks_are_tuned_as_they_are_taught(self) -> None:
+        assert usual(describe("vit_nano_patch4_32", 7).lay_out()) == "fine-tune-small"
+        assert usual(describe("vit_tiny_patch16_224", 7).lay_out()) == "fine-tune"
 
     def test_images_of_unlike_sizes_get_plain_patches(self) -> None:
         chosen = autopilot(CLASSES, hooks(24), ALONE, **NOTHING | {"resize": "native"})[0]

@@ -53,7 +53,7 @@ class TestTrain:
     def test_from_the_weights_of_another_run(self, model, photos, tmp_path):
         words = ("--weights", model, "--epochs", 0.1, "--workers", 0, "--json", "--quiet", "--out", tmp_path / "fine")
         assert cli("train", photos, *words).document["counts"]["evaluated"] > 0
-        assert json.loads((tmp_path / "fine" / "run.json").read_text())["recipe"]["name"] == "fine-tune"
+        assert json.loads((tmp_path / "fine" / "run.json").read_text())["recipe"]["name"] == "fine-tune-small"
 
     @pytest.mark.parametrize(
         ("words", "says"),

@@ -41,7 +41,10 @@ def arguments(parser: Any) -> None:
     parser.add_argument(
         "--weights", metavar="SOURCE", help="weights to start from: a file, a folder, builtin:tiny, hf:…; or none"
     )
-    parser.add_argument("--recipe", help="fine-tune (default with weights), fine-tune-small or fine-tune-as-published")
+    parser.add_argument(
+        "--recipe",
+        help="fine-tune, fine-tune-small (the default of small networks with weights) or fine-tune-as-published",
+    )
     parser.add_argument("--out", metavar="DIR", help="model directory to make (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
     parser.add_argument("--epochs", type=float, metavar="X", help="passes over the training images")

@@ -11,7 +11,7 @@ from sightline.datasets.image_set import ImageSet
 from sightline.device import computing_with, pick_precision
 from sightline.errors import UserError, suggest
 from sightline.network import Network, count_parameters
-from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch
+from sightline.recipes.fine_tune import RECIPES, SHIPPED, ahead_of_scratch, usual
 from sightline.recipes.memory import within_memory
 from sightline.recipes.pace import measure, noise_of
 from sightline.recipes.recipe import Facts, Recipe, evaluations, facts
@@ -63,8 +63,7 @@ def autopilot(
         torch.manual_seed(seed)
         taught = chosen.architecture.build()
     else:
-        usual = "fine-tune-small" if str(weights) == SHIPPED else "fine-tune"
-        chosen, taught = _from_weights(task, known, model, weights, recipe or usual, network)
+        chosen, taught = _from_weights(task, known, model, weights, recipe, network)
         chosen = chosen.told({"evaluations": evaluations(settings.get("minutes"))}, {})
     chosen = sharing(chosen.resized(resize).told(settings, augment), taught, len(images), world)
     objective = task.objective(taught, chosen.settings)
@@ -74,9 +73,9 @@ def autopilot(
 
 
 def _from_weights(
-    task: Task, known: Facts, model: str | None, weights: Any, recipe: str, overrides: Mapping[str, Any]
+    task: Task, known: Facts, model: str | None, weights: Any, recipe: str | None, overrides: Mapping[str, Any]
 ) -> tuple[Recipe, Network]:
-    if recipe not in RECIPES:
+    if recipe is not None and recipe not in RECIPES:
         raise UserError(f"unknown recipe '{recipe}'.{suggest(recipe, RECIPES)} There are {', '.join(RECIPES)}.")
     kind = find("heads", "HEADS", task.name, "task").Config
     rest = {name: value for name, value in overrides.items() if name not in kind.__dataclass_fields__}
@@ -89,7 +88,7 @@ def _from_weights(
         own = {name: value for name, value in overrides.items() if name not in rest}
         head = from_json(kind, {**task.head(known), **own}, f"the head for '{task.name}'")
         learned = replace(learned, task=task.name, head=head)
-    chosen = task.adapted(RECIPES[recipe](known, learned, preprocess))
+    chosen = task.adapted(RECIPES[recipe or usual(bundle.network)](known, learned, preprocess))
     network = chosen.architecture.build()
     network.backbone.load_state_dict(bundle.network.backbone.state_dict())
     if bundle.task == task.name:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
-from sightline.network import Architecture
-from sightline.recipes.from_scratch import teaching
+from sightline.network import Architecture, Network, count_parameters
+from sightline.recipes.from_scratch import SMALL, teaching
 from sightline.recipes.recipe import Facts, Recipe
 from sightline.training.settings import Settings
 
@@ -97,6 +97,11 @@ def fine_tune_small(facts: Facts, architecture: Architecture, preprocess: Prepro
         preprocess=replace(preprocess, resize=like.preprocess.resize),
         settings=replace(like.settings, lr=like.settings.lr / 2),
     )
+
+
+def usual(network: Network) -> str:
+    """The recipe of those that ask for none: small networks bear what random weights do, and learn more from it."""
+    return "fine-tune-small" if count_parameters(network) < SMALL else "fine-tune"
 
 
 RECIPES = {
