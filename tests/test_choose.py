@@ -5,7 +5,7 @@ import os
 import threading
 from collections import Counter
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, chain, count, cycle
 
 import numpy as np
 import pytest
@@ -158,6 +158,16 @@ class TestChoice:
         model = predictor()
         model.threads = 1
         assert choose(model, images(), cache=cache).predictor.cores == cores
+
+    def test_the_first_image_that_a_thread_reads_tells_nothing(self, speeds, cache, monkeypatch):
+        monkeypatch.setattr(choosing, "available", lambda: 2)
+        clock = accumulate(chain([0.0, 5.0], cycle([0.0, 0.1])))
+        monkeypatch.setattr(choosing.time, "thread_time", lambda: next(clock))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+        model = predictor()
+        model.threads = 1
+        assert choose(model, images(), cache=cache).predictor.cores == 2
 
     def test_batches_are_measured_where_they_are_not_told(self, speeds, cache):
         speeds["bf16"] = 0.001

@@ -1,5 +1,7 @@
 """Networks as the processor computes them fastest: the same numbers in fp32, near ones in bf16, in every family."""
 
+import os
+import sys
 import threading
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from sightline.inference import predictor as predicting
 from sightline.inference.packed import LowBackbone, PackedLinear, PackedMlp, computes_bf16, packed, packs
-from sightline.inference.reading import BLOCKS, readers
+from sightline.inference.reading import BLOCKS, LAST, readers
 from sightline.layers.attention import Attention
 from sightline.layers.encoder import ACTIVATIONS, Mlp
 from test_networks import KINDS, small
@@ -157,6 +159,17 @@ class TestReaders:
             assert Image.core.get_blocks_max() == BLOCKS + 1
         finally:
             Image.core.set_blocks_max(before)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+    @pytest.mark.parametrize(("yielding", "nice"), [(False, 0), (True, LAST)])
+    def test_who_yields_is_least_urgent(self, yielding, nice):
+        def own() -> int:
+            return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+        mine = own()
+        with readers(3, yielding=yielding) as pool:
+            assert {pool.submit(own).result() for _ in range(9)} == {max(mine, nice)}
+        assert own() == mine
 
     def test_each_computes_alone_and_nobody_else_does(self):
         before = torch.get_num_threads()

@@ -23,7 +23,7 @@ from sightline.errors import UserError, printable
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import decode
 from sightline.images.preprocess import Preprocess
-from sightline.inference.choose import choose
+from sightline.inference.choose import Chosen, choose
 from sightline.model import Model, load
 from sightline.network import count_parameters
 
@@ -62,7 +62,7 @@ def predict(plan: Plan, machine: Machine) -> Iterator[Table]:
             rows = rows_of(timed, [size for _, _, size in sides], count)
             title = f"predict, {plan.model}, {count} JPEGs of {width}×{height}"
             told = [*notes, *_agreement(answers), _shares(model, paths[0], plan)]
-            told += [f"{name}: {why}" for name, run, _ in sides if (why := getattr(run, "why", ""))]
+            told += [f"{name}: {run.chosen.why}" for name, run, _ in sides if isinstance(run, _Ours) and run.chosen.why]
             yield Table("predict", title, count, ",".join(plan.precisions), rows, notes=told)
 
 
@@ -147,21 +147,21 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class _Ours:
-    """What `sightline predict` does; `why` says how it chose to."""
+    """What `sightline predict` does, with the model loaded."""
 
     def __init__(self, model: Model, cache: Cache, plan: Plan, *, draft: bool = False, **asked: Any):
-        self.model = replace(model, preprocess=model.preprocess.replace(draft=True)) if draft else model
-        self.cache, self.device, self.asked, self.why = cache, str(plan.device), asked, ""
+        given = replace(model, preprocess=model.preprocess.replace(draft=True)) if draft else model
+        precision = asked.get("precision", "auto")
+        self.predictor = given.predictor(
+            device=str(plan.device), top=1, precision="fp32" if precision in ASKED else precision
+        )
+        self.asked: dict[str, Any] = {"precision": precision, "cache": cache, **asked}
+        self.chosen = Chosen(self.predictor, ())  # kept, as those of others, whose weights lie ready in their precision
 
     def __call__(self, paths: list[str]) -> list[str]:
-        precision = self.asked.get("precision", "auto")
-        predictor = self.model.predictor(
-            device=self.device, top=1, precision="fp32" if precision in ASKED else precision
-        )
-        chosen = choose(predictor, paths, cache=self.cache, **{"precision": precision, **self.asked})
-        self.why = chosen.why
+        self.chosen = choose(self.predictor, paths, **self.asked)
         labels = []
-        for answer in chosen.predictor.predict(chosen.sources):
+        for answer in self.chosen.predictor.predict(self.chosen.sources):
             reply: Any = answer.prediction
             assert reply is not None, answer.error
             labels.append(reply.label)

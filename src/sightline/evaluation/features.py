@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,12 +50,16 @@ def embedded(
 
 
 def weights_digest(network: Network) -> str:
-    """SHA-256 of a network's architecture and of every one of its weights."""
-    digest = hashlib.sha256(json.dumps(network.architecture.to_json()).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """SHA-256 of a network's architecture and of the SHA-256 of every one of its weights, taken side by side."""
+
+    def digest(tensor: Tensor) -> str:
+        return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+    tensors = network.state_dict()
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(digest, tensors.values())
+        rows = [(name, str(t.dtype), list(t.shape), d) for (name, t), d in zip(tensors.items(), digests, strict=True)]
+    return hashlib.sha256(json.dumps([network.architecture.to_json(), rows]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from sightline.inference.through import through
 
 FEW = 48
 """Images below which nothing is measured."""
-LOOK, GLANCE = 16, 64
+LOOK, GLANCE = 16, 100
 """Of the user's first images, how many a way is held against; where it has held before, one of so many, but two."""
 LOW = 0.01
 """By how much a logit may differ in bf16, in parts of the distance of the largest and the smallest of its image."""
@@ -104,9 +104,9 @@ def choose(
         return Chosen(given, sources)
     bench = Bench(given, cache)
     number = max(2, min(LOOK, count // GLANCE)) if bench.speeds.held else LOOK
-    items, rest, reading = _looked_at(given, sources, number)
+    items, rest, reading = _looked_at(given, sources, max(number, 2 * given.threads))
     sources = itertools.chain(items, rest)
-    ready = [item for item in items if isinstance(item, Ready)]
+    ready = [item for item in items if isinstance(item, Ready)][:number]
     bench.images = [image for image in ready if image.pixels.shape == ready[0].pixels.shape]
     if not bench.images:
         return Chosen(given, sources)
@@ -271,7 +271,10 @@ def _ways(predictor: Predictor, precision: str) -> list[Way]:
 def _looked_at(
     predictor: Predictor, sources: Iterable[Item], number: int
 ) -> tuple[list[Ready | Answer], Iterable[Item], float]:
-    """The first items read, of which `number` are images if they can be had; the rest; seconds of reading one."""
+    """The first items read, of which `number` are images if they can be had; the rest; seconds of reading one.
+
+    The first that each thread reads takes longer, and is not counted where there are others.
+    """
 
     def timed(source: Item) -> tuple[Ready | Answer, float]:
         began = time.thread_time()
@@ -288,4 +291,5 @@ def _looked_at(
                 items.append(item)
                 if isinstance(item, Ready):
                     spent.append(seconds)
-    return items, rest, sum(spent) / max(len(spent), 1)
+    usual = spent[predictor.threads :] or spent
+    return items, rest, sum(usual) / max(len(usual), 1)

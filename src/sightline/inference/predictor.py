@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -54,8 +55,9 @@ class Predictor:
 
     On a processor that multiplies bf16 itself, a copy of the network with its weights in bf16 computes; in fp32 it is,
     with `pack`, a copy whose weights are packed for the processor (`inference.packed`): faster, with more memory.
-    Whatever is done to the weights afterwards does not count then. With torch.int8 and the `grids` that were chosen for
-    it a copy computes in 8 bits (`inference.quantised`), in which answers change: `inference.eight_bits` makes such.
+    Whatever is done to the weights afterwards does not count then. Predictors that were `altered` from one another
+    share such a copy while one of them is there. With torch.int8 and the `grids` that were chosen for it a copy
+    computes in 8 bits (`inference.quantised`), in which answers change: `inference.eight_bits` makes such.
 
     In fp32 the other images of a batch change a score by less than 1e-6; in bf16 and fp16 the kernels that a device
     chooses for a batch size show in the third digit.
@@ -83,12 +85,19 @@ class Predictor:
         self.preprocess, self.labels = preprocess, list(labels)
         self.precision, self.batch_size, self.top = precision, batch_size, top
         self.pack, self.cores, self.grids = pack, cores, grids
+        self._made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
         self._require_positive()
         self.threads = min(8, os.cpu_count() or 1)
 
     @cached_property
     def computing(self) -> Any:
         """The network as it is computed: itself, or a copy that is made for this processor."""
+        made = self._made.get((self.precision, self.pack))
+        if made is None:
+            made = self._made[self.precision, self.pack] = self._for_processor()
+        return made
+
+    def _for_processor(self) -> Any:
         on_processor = self.device.type == "cpu"
         if self.precision == torch.int8:
             assert on_processor, "8 bits are for the processor"
@@ -105,6 +114,8 @@ class Predictor:
         other = copy.copy(self)
         if changes.keys() - {"cores", "batch_size"}:
             vars(other).pop("computing", None)
+        if changes.keys() & {"network", "grids"}:
+            other._made = WeakValueDictionary()
         vars(other).update(changes)
         other._require_positive()
         return other
@@ -217,7 +228,7 @@ class Predictor:
 
     def _prepared(self, sources: Iterable[Source | Ready | Answer]) -> Iterator[Ready | Answer]:
         """The sources as pixels or failures, in order; reading runs ahead of whoever asks, by `look_ahead`."""
-        pool = readers(self.threads)
+        pool = readers(self.threads, yielding=True)
         try:
             running = deque()
             for source in sources:
