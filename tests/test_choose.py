@@ -161,7 +161,7 @@ class TestChoice:
 
     def test_the_first_image_that_a_thread_reads_tells_nothing(self, speeds, cache, monkeypatch):
         monkeypatch.setattr(choosing, "available", lambda: 2)
-        clock = accumulate(chain([0.0, 5.0], cycle([0.0, 0.1])))
+        clock = accumulate(chain([0.0, 500.0], cycle([0.0, 0.1])))
         monkeypatch.setattr(choosing.time, "thread_time", lambda: next(clock))
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(torch, "set_num_threads", lambda number: None)

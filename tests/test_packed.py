@@ -1,8 +1,10 @@
 """Networks as the processor computes them fastest: the same numbers in fp32, near ones in bf16, in every family."""
 
+import gc
 import os
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -123,6 +125,17 @@ class TestPredictor:
         assert isinstance(model.computing.backbone, LowBackbone) == native
         assert 0 < abs(scores(model.predict(images)) - scores(predictor().predict(images))).max() < 0.05
 
+    def test_altered_predictors_share_what_is_packed_while_one_is_there(self):
+        made = predictor(pack=True)
+        assert made.altered(cores=1).altered(pack=True).computing is made.computing
+        assert made.altered(pack=False).computing is made.network
+        other = made.altered(network=network())
+        assert other.computing is not made.computing
+        first = weakref.ref(made.computing)
+        del made
+        gc.collect()
+        assert first() is None
+
     def test_what_this_processor_has_is_known(self):
         assert computes_bf16() in (True, False)
         model = predictor(pack=True, precision=torch.float16)
@@ -170,6 +183,14 @@ class TestReaders:
         with readers(3, yielding=yielding) as pool:
             assert {pool.submit(own).result() for _ in range(9)} == {max(mine, nice)}
         assert own() == mine
+
+    def test_predictions_are_read_by_threads_that_yield(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            predicting, "readers", lambda *counts, **told: asked.append(told) or readers(*counts, **told)
+        )
+        assert len(list(predictor().predict([image(0)]))) == 1
+        assert asked == [{"yielding": True}]
 
     def test_each_computes_alone_and_nobody_else_does(self):
         before = torch.get_num_threads()
