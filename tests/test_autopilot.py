@@ -153,6 +153,13 @@ class TestChoice:
         assert ahead_of_scratch(Facts(4_999, 200, (32, 48)))
         assert not ahead_of_scratch(Facts(5_000, 200, (32, 48)))
 
+    def test_a_length_that_the_user_tells_has_no_other_reason(self) -> None:
+        plan = from_scratch(Facts(1000, 7, (40, 120)))
+        assert any(reason == "60 epochs show it 60,000 images" for reason in plan.reasons)
+        assert plan.told({"lr": 0.5}, {}).reasons == plan.reasons
+        for said in ({"epochs": 3.0}, {"minutes": 2.0}):
+            assert plan.told(said, {}).reasons == tuple(r for r in plan.reasons if "epochs" not in r)
+
     def test_small_networks_are_tuned_as_they_are_taught(self) -> None:
         assert usual(describe("vit_nano_patch4_32", 7).lay_out()) == "fine-tune-small"
         assert usual(describe("vit_tiny_patch16_224", 7).lay_out()) == "fine-tune"

@@ -7,7 +7,7 @@ from typing import Any
 from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, count_parameters, describe
-from sightline.recipes.recipe import Facts, Recipe, evaluations
+from sightline.recipes.recipe import SHOWN, Facts, Recipe, evaluations
 from sightline.training.settings import Settings
 
 VIEWS, PLAIN_VIEWS = 60_000, 100_000
@@ -69,7 +69,7 @@ def teaching(facts: Facts, architecture: Architecture, why: list[str], minutes: 
     )  # for which AdamW is what was found to do (docs/log.md)
     small = count_parameters(architecture.lay_out()) < SMALL
     epochs = min(max(round((PLAIN_VIEWS if plain else VIEWS) / facts.images), 12), 300)
-    length = [] if minutes else [f"{epochs} epochs show it {epochs * facts.images:,} images"]
+    length = [] if minutes else [f"{epochs} {SHOWN} {epochs * facts.images:,} images"]
     return Recipe(
         "from-scratch",
         architecture,

@@ -9,7 +9,7 @@ from sightline.images.augment import Augment
 from sightline.images.preprocess import Preprocess
 from sightline.network import Architecture, describe
 from sightline.recipes.from_scratch import from_scratch
-from sightline.recipes.recipe import Facts, Recipe
+from sightline.recipes.recipe import SHOWN, Facts, Recipe
 from sightline.registry import variant
 from sightline.training.settings import Settings
 
@@ -166,7 +166,7 @@ def small(objective: str, facts: Facts, model: str | None, overrides: Mapping[st
         name=f"{objective}, small",
         objective=objective,
         options=dict(scale.options),
-        reasons=(*base.reasons[:2], f"{length:g} epochs show it {length * facts.images:,.0f} images"),
+        reasons=(*base.reasons[:2], f"{length:g} {SHOWN} {length * facts.images:,.0f} images"),
     )
 
 

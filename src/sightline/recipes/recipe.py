@@ -25,6 +25,10 @@ ALIKE = 1.15
 """Ratio up to which two aspect ratios count as the same."""
 
 
+SHOWN = "epochs show it"
+"""In the reason for a recipe's length, which says how many images that are."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a recipe is chosen by.
@@ -125,9 +129,12 @@ class Recipe:
             raise UserError(f"{where}: the recipe lacks {fault}") from fault
 
     def told(self, settings: Mapping[str, Any], augment: Mapping[str, Any]) -> "Recipe":
-        """The recipe with what the user said in place of its own."""
+        """The recipe with what the user said in place of its own; of another length its reason for its own is gone."""
         changed = from_json(Settings, {**to_json(self.settings), **settings}, "settings")
-        return replace(self, settings=changed, augment=Augment.from_json({**self.augment.to_json(), **augment}))
+        length = (changed.epochs, changed.minutes) == (self.settings.epochs, self.settings.minutes)
+        reasons = tuple(reason for reason in self.reasons if length or SHOWN not in reason)
+        augmented = Augment.from_json({**self.augment.to_json(), **augment})
+        return replace(self, settings=changed, augment=augmented, reasons=reasons)
 
     def resized(self, resize: str | None) -> "Recipe":
         """The recipe with another way to bring images to the network's size; None changes nothing.
