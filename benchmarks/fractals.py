@@ -45,7 +45,7 @@ def learned(size: int) -> float:
     name, settings = LEARNERS[size]
     batch = Settings(batch_size=64, optimizer="muon")
     network = describe(name, 400, **settings).build()
-    return batch.batch_size / measure(network, batch, torch.device("cpu"), torch.float32).seconds
+    return batch.batch_size / measure(network, batch, torch.device("cpu"), torch.float32)
 
 
 def sheet(file: Path, size: int = 96, instances: int = 2) -> None:
