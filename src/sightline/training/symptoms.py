@@ -301,17 +301,19 @@ def majority_collapse(chart: Chart) -> Finding | None:
 
 def collapsed_heads(chart: Chart) -> Finding | None:
     """Attention heads that see one token only."""
-    words = "give all their weight to one token, at every query of every image"
-    return _heads(chart, "collapsed-heads", ("collapsed",), words)
+    one, more = "gives all its", "give all their"
+    rest = " weight to one token, at every query of every image"
+    return _heads(chart, "collapsed-heads", ("collapsed",), one + rest, more + rest)
 
 
 def dead_heads(chart: Chart) -> Finding | None:
     """Attention heads that look nowhere or give nothing."""
-    return _heads(chart, "dead-heads", ("uniform", "silent"), "look nowhere in particular or give nothing")
+    one, more = "looks nowhere in particular or gives nothing", "look nowhere in particular or give nothing"
+    return _heads(chart, "dead-heads", ("uniform", "silent"), one, more)
 
 
-def _heads(chart: Chart, kind: str, faults: tuple[str, ...], words: str) -> Finding | None:
-    """Heads that were found so twice in a row."""
+def _heads(chart: Chart, kind: str, faults: tuple[str, ...], one: str, more: str) -> Finding | None:
+    """Heads that were found so twice in a row; `one` says what a single one does, `more` what several do."""
     lasting = sorted(chart.still[0] & chart.still[1])
     heads = list(dict.fromkeys(f"{layer} head {number}" for layer, number, fault in lasting if fault in faults))
     if not heads:
@@ -320,7 +322,8 @@ def _heads(chart: Chart, kind: str, faults: tuple[str, ...], words: str) -> Find
         kind,
         chart.step,
         "warning",
-        f"{len(heads)} attention head{'s' * (len(heads) > 1)} {words}: {', '.join(heads[:6])}"
+        (f"1 attention head {one}: " if len(heads) == 1 else f"{len(heads)} attention heads {more}: ")
+        + ", ".join(heads[:6])
         + " …" * (len(heads) > 6),
         f"Use a smaller learning rate (--lr {chart.settings.lr / 3:.1g}), {_gentler(chart)}, fewer heads "
         "(--num-heads), or other weights to start from.",
