@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -33,7 +34,8 @@ def readers(count: int, *, yielding: bool = False) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         torch.get_num_threads()  # from now on this thread has a number of its own
         if yielding and sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
+            with suppress(OSError):  # a system that forbids it gets its images all the same
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
         together.wait()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="sightline-read", initializer=alone)
