@@ -93,16 +93,17 @@ def compare(request: argparse.Namespace, home: Path) -> None:
                 pretrain(data, objective=objective, out=out, seed=seed, minutes=request.minutes, workers=0)
                 model = sightline.load(out)
                 rows.setdefault((name, objective), []).append(judged(splits, model, model.network.eval().embed, seed))
+                torch.manual_seed(seed)
+                random = model.network.architecture.build().eval()
+                as_random = judged(splits, model, random.embed, seed)
+                rows.setdefault((name, f"{objective}, random"), []).append(as_random)
                 if objective == request.only[0]:
-                    torch.manual_seed(seed)
-                    random = model.network.architecture.build().eval()
-                    rows.setdefault((name, "random weights"), []).append(judged(splits, model, random.embed, seed))
                     flat = judged(splits, model, lambda pixels: pixels.flatten(1), seed)
                     rows.setdefault((name, "raw pixels"), []).append(flat)
                 print(f"{name} {objective} seed {seed}: {rows[name, objective][-1]}", flush=True)
-    print(f"\n{'set':12} {'features':16} {'kNN':>16} {'10 labels':>16}   {request.seeds} seeds, {request.minutes} min")
+    print(f"\n{'set':12} {'features':20} {'kNN':>16} {'10 labels':>16}   {request.seeds} seeds, {request.minutes} min")
     for (name, what), scores in sorted(rows.items()):
-        print(f"{name:12} {what:16} {told([s[0] for s in scores]):>16} {told([s[1] for s in scores]):>16}")
+        print(f"{name:12} {what:20} {told([s[0] for s in scores]):>16} {told([s[1] for s in scores]):>16}")
 
 
 def told(scores: list[float]) -> str:

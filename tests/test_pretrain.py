@@ -216,6 +216,19 @@ def test_every_objective_has_a_recipe(name):
         assert full.settings.batch_size == 450
 
 
+@pytest.mark.parametrize("name", ["masked-patch", "simmim"])
+def test_patches_that_are_told_from_their_own_tokens_may_be_finer(name):
+    def planned(size, **told):
+        recipe = chosen("small", name, Facts(900, 0, size), None, told)
+        usual = chosen("small", "mae", Facts(900, 0, size), None, told)
+        assert recipe.preprocess == usual.preprocess
+        return recipe.architecture.backbone.patch_size, usual.architecture.backbone.patch_size
+
+    assert planned((8, 12)) == ((4, 4), (6, 6))  # enlarged three times
+    assert planned((64, 64)) == ((8, 8), (8, 8))
+    assert planned((8, 12), patch_size=12) == ((12, 12), (12, 12))
+
+
 def test_labels_are_not_needed_and_not_lost(few, loose, tmp_path):
     assert len(open_images(few).train.classes) == 10
     plain = open_images(loose, seed=3)

@@ -39,18 +39,20 @@ def from_scratch(
     model: str | None = None,
     minutes: float | None = None,
     pace: Callable[[Recipe], float] | None = None,
+    finest: int = 2,
     **overrides: Any,
 ) -> Recipe:
     """A Vision Transformer that fits the number and size of the images, taught from random weights.
 
     Its patches are read by a few small convolutions, and all kernels are taught by Muon: of what was tried, these two
     together learn most from few images in little time (docs/log.md). `pace` tells the seconds that an update of a
-    recipe takes here; with it and `minutes`, the largest network is taken that still sees its images often enough.
+    recipe takes here; with it and `minutes`, the largest network is taken that still sees its images often enough. A
+    patch has `finest` pixels of the image along its side, at least: images that were enlarged say no more than before.
     """
     if model is not None:
         asked = describe(model, facts.classes, **overrides)
         return teaching(facts, asked, [f"{model} was asked for"], minutes)
-    small, medium, large = (teaching(facts, *_fitting(facts, name, overrides), minutes) for name in SIZES)
+    small, medium, large = (teaching(facts, *_fitting(facts, name, overrides, finest), minutes) for name in SIZES)
     if minutes is None or pace is None:
         return medium if facts.images < 5_000 else large
     chosen = small
@@ -99,12 +101,12 @@ def teaching(facts: Facts, architecture: Architecture, why: list[str], minutes: 
     )
 
 
-def _fitting(facts: Facts, name: str, overrides: dict[str, Any]) -> tuple[Architecture, list[str]]:
+def _fitting(facts: Facts, name: str, overrides: dict[str, Any], finest: int) -> tuple[Architecture, list[str]]:
     """A network for the shape of the images, and why it is so."""
     asked = overrides.get("image_size")
     height, width = resolution(facts) if asked is None else (asked, asked) if isinstance(asked, int) else asked
     enlarged = math.sqrt(height * width / math.prod(facts.size))
-    sides = [side for side in PATCHES if side >= 2 * enlarged] or PATCHES[-1:]  # two pixels of the image, at least
+    sides = [side for side in PATCHES if side >= finest * enlarged] or PATCHES[-1:]
     patch = min(sides, key=lambda side: abs(math.log(math.sqrt(height * width) / side / CELLS)))
     if asked is None:
         height, width = (max(round(side / patch), 1) * patch for side in (height, width))

@@ -18,11 +18,13 @@ from sightline.training.settings import Settings
 class Scale:
     """What an objective wants of a run at one scale, where that differs from what is usual.
 
-    `views` are the training images that it sees, repetitions counted; `model` is what the paper takes.
+    `views` are the training images that it sees, repetitions counted; `model` is what the paper takes; `finest` is as
+    `from_scratch` has it: where each patch answers for itself alone, its token tells more of small images' few pixels.
     """
 
     views: int = 100_000
     model: str | None = None
+    finest: int = 2
     network: Mapping[str, Any] = field(default_factory=dict)
     augment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +35,13 @@ _MEAN = {"tokenizer": "patch", "global_pool": "avg", "final_norm": True}
 _CALM = {"optimizer": "adamw", "batch_size": 64, "weight_decay": 0.05, "warmup": 0.1, "clip_grad": 1.0}
 _MUON = {"optimizer": "muon", "lr": 2e-3, "beta2": 0.99, "batch_size": 32}
 _GENTLE = {"crop": "resized", "crop_scale": (0.5, 1.0)}
+_FINE = Scale(
+    finest=1,
+    network=_MEAN,
+    augment=_GENTLE,
+    settings={**_CALM, **_MUON},
+    options={"mask_ratio": 0.3, "summary": 1.0},
+)
 
 SMALL: Mapping[str, Scale] = {
     "mae": Scale(
@@ -43,12 +52,8 @@ SMALL: Mapping[str, Scale] = {
         options={"mask_ratio": 0.5, "norm_pix": False, "summary": 1.0}
         | {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2},
     ),
-    "masked-patch": Scale(
-        network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.3, "summary": 1.0}
-    ),
-    "simmim": Scale(
-        network=_MEAN, augment=_GENTLE, settings={**_CALM, **_MUON}, options={"mask_ratio": 0.3, "summary": 1.0}
-    ),
+    "masked-patch": _FINE,
+    "simmim": _FINE,
     "codebook": Scale(
         views=20_000,
         model="dvae_small_4_32",
@@ -149,7 +154,7 @@ def small(objective: str, facts: Facts, model: str | None, overrides: Mapping[st
         base = from_scratch(facts, model=scale.model, minutes=minutes, image_size=size)
         base = replace(base, architecture=architecture, preprocess=_contract(architecture, base.preprocess))
     else:
-        base = from_scratch(facts, model=model, minutes=minutes, **network)
+        base = from_scratch(facts, model=model, minutes=minutes, finest=scale.finest, **network)
         if model is not None:
             base = replace(base, preprocess=_contract(base.architecture, base.preprocess))
     settings = dict(scale.settings)
