@@ -224,9 +224,11 @@ def test_patches_that_are_told_from_their_own_tokens_may_be_finer(name):
         assert recipe.preprocess == usual.preprocess
         return recipe.architecture.backbone.patch_size, usual.architecture.backbone.patch_size
 
-    assert planned((8, 12)) == ((4, 4), (6, 6))  # enlarged three times
+    assert planned((8, 8)) == ((3, 3), (6, 6))  # enlarged three times
+    assert planned((8, 14)) == ((6, 6), (6, 6))  # which is nearer to as many patches as are usual
+    assert planned((16, 16)) == ((4, 4), (4, 4))
     assert planned((64, 64)) == ((8, 8), (8, 8))
-    assert planned((8, 12), patch_size=12) == ((12, 12), (12, 12))
+    assert planned((8, 8), patch_size=12) == ((12, 12), (12, 12))
 
 
 def test_labels_are_not_needed_and_not_lost(few, loose, tmp_path):

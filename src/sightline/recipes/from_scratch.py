@@ -106,7 +106,9 @@ def _fitting(facts: Facts, name: str, overrides: dict[str, Any], finest: int) ->
     asked = overrides.get("image_size")
     height, width = resolution(facts) if asked is None else (asked, asked) if isinstance(asked, int) else asked
     enlarged = math.sqrt(height * width / math.prod(facts.size))
-    sides = [side for side in PATCHES if side >= finest * enlarged] or PATCHES[-1:]
+    pixel = max(round(enlarged), 1)  # which a patch has whole, where that can be
+    large = [side for side in sorted({pixel, *PATCHES}) if side >= finest * enlarged] or PATCHES[-1:]
+    sides = [side for side in large if side % pixel == 0] or large
     patch = min(sides, key=lambda side: abs(math.log(math.sqrt(height * width) / side / CELLS)))
     if asked is None:
         height, width = (max(round(side / patch), 1) * patch for side in (height, width))
