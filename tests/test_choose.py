@@ -148,16 +148,29 @@ class TestChoice:
         choose(predictor(), images(), count=10**6, precision="fp32", cache=cache)
         assert made == ["onnx", "openvino", "onnx"]  # who was refused is not made again
 
-    @pytest.mark.parametrize(("reading", "cores"), [(0.0, 2), (0.1, 2), (5.0, 1)])
-    def test_threads_follow_from_what_reading_takes(self, reading, cores, speeds, cache, monkeypatch):
+    @pytest.mark.parametrize(
+        ("reading", "passed", "cores", "in_turn"),
+        [
+            (0.01, 0.01, 2, True),
+            (0.1, 0.1, 2, True),
+            (5.0, 5.0, 1, False),  # the network would wait for the one thread that reads
+            (0.01, 1.0, 2, False),  # reading waits, for a disk or a network
+            (0.1, 1.0, 2, False),
+        ],
+    )
+    def test_threads_and_turns_follow_from_what_reading_takes(
+        self, reading, passed, cores, in_turn, speeds, cache, monkeypatch
+    ):
         monkeypatch.setattr(choosing, "available", lambda: 2)
-        clock = count()
+        clock, wall = count(), count()
         monkeypatch.setattr(choosing.time, "thread_time", lambda: reading * next(clock))
+        monkeypatch.setattr(choosing.time, "monotonic", lambda: passed * next(wall))
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
         model = predictor()
         model.threads = 1
-        assert choose(model, images(), cache=cache).predictor.cores == cores
+        found = choose(model, images(), cache=cache).predictor
+        assert (found.cores, found.in_turn) == (cores, in_turn)
 
     def test_the_first_image_that_a_thread_reads_tells_nothing(self, speeds, cache, monkeypatch):
         monkeypatch.setattr(choosing, "available", lambda: 2)

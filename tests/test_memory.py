@@ -1,6 +1,7 @@
 """Memory of a training: foreseen without numbers, held against what a process takes, and kept within limits."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,31 @@ def test_what_is_foreseen_is_what_a_process_takes():
     for foreseen, measured in found:
         assert foreseen == pytest.approx(measured, rel=0.25)
     assert found[1][0] < found[0][0] / 2  # recomputed
+
+
+FAULTS = """
+import resource, sys, torch
+from sightline import device
+
+getattr(device, sys.argv[1])()
+for turn in range(9):
+    if turn == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    layers = [torch.ones(2_000_003) for _ in range(11)]
+    del layers
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other ways")
+def test_memory_is_kept_for_the_next_tensor_or_given_back():
+    def faults(what: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    pages = 5 * 11 * 8_000_012 // 4096
+    assert faults("keep_for_next") < pages / 100
+    assert faults("give_back_at_once") > pages / 2
 
 
 def test_moments_follow_the_optimiser():

@@ -4,8 +4,9 @@ import csv
 import json
 import os
 import threading
+import time
 from io import BytesIO, StringIO
-from itertools import count, islice
+from itertools import count, groupby, islice
 
 import numpy as np
 import pytest
@@ -167,6 +168,30 @@ class TestLaziness:
         got = list(islice(model.predict(sources()), 10))
         assert len(got) == 10
         assert drawn <= 10 + model.look_ahead + 2 * model.batch_size
+
+    def test_in_turn_nothing_is_read_while_the_network_computes(self, monkeypatch):
+        model, moments, sources = predictor(batch_size=3), [], [image(i) for i in range(11)]
+        exact = list(model.predict(sources))
+        prepare, compute = Predictor.prepare, Predictor.compute
+
+        def read(self, source, path=None):
+            moments.append("read")
+            return prepare(self, source, path)
+
+        def computed(self, images, *, features):
+            before = len(moments)
+            found = compute(self, images, features=features)
+            time.sleep(0.02)  # whoever reads beside it has time to
+            assert len(moments) == before
+            moments.append("compute")
+            return found
+
+        monkeypatch.setattr(Predictor, "prepare", read)
+        monkeypatch.setattr(Predictor, "compute", computed)
+        answers = list(model.altered(in_turn=True).predict(iter(sources)))
+        assert [answer.prediction.index for answer in answers] == [answer.prediction.index for answer in exact]
+        runs = [(what, len(list(same))) for what, same in groupby(moments)]
+        assert runs == [("read", 6), ("compute", 1), ("read", 5), ("compute", 3)]  # two batches are read at a time
 
     def test_threads_end_when_the_consumer_leaves(self):
         answers = predictor().predict([image(i) for i in range(50)])

@@ -101,11 +101,30 @@ def give_back_at_once() -> None:
     glibc keeps what was freed for the next request, in pieces that often do not fit it: up to several times of what a
     step with recomputation holds. Elsewhere nothing happens.
     """
+    _thresholds(2**20, 2**17)
+
+
+def keep_for_next() -> None:
+    """Lets the C library keep what is freed for the next tensor, for long computations on the processor.
+
+    glibc gives back what lies free at the end of its heap, and blocks that are larger than any so far, so that a
+    network asks for the same memory in every layer: 50,000 pages, which the system has to find and empty, in a pass of
+    eight images through ViT-B/16, a sixth of the time. Elsewhere nothing happens. It holds for the whole process.
+    """
+    _thresholds(2**25, 2**31 - 1)
+
+
+def _thresholds(apart: int, end: int) -> None:
+    """Sets from which size on blocks are asked of the system alone, and how much may lie free at the end of the heap.
+
+    Only glibc has these thresholds.
+    """
     import ctypes
     from contextlib import suppress
 
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, of glibc's malloc.h
+        for option, number in ((-3, apart), (-1, end)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, of its malloc.h
+            ctypes.CDLL(None).mallopt(option, number)
 
 
 def free_memory(device: "torch.device") -> None:

@@ -1,12 +1,15 @@
 """Folders of JPEGs to labels, as `predict` does it, beside transformers' pipeline and timm with a DataLoader."""
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,13 +22,14 @@ from sightline.benching.rounds import Contender, take_turns
 from sightline.benching.tables import CLASSES, OURS, Plan, Table, rows_of
 from sightline.checkpoints.convert import convert
 from sightline.device import INT8, computing_with
-from sightline.errors import UserError, printable
+from sightline.errors import UserError, WorkError, printable
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import decode
 from sightline.images.preprocess import Preprocess
 from sightline.inference.choose import Chosen, choose
 from sightline.model import Model, load
 from sightline.network import count_parameters
+from sightline.processes import leave_ctrl_c, signals_wait
 
 FOLDERS: Mapping[str, tuple[int, int, int]] = {"small": (375, 500, 200), "large": (3000, 4000, 50)}
 """Height, width and usual number of the JPEGs."""
@@ -52,22 +56,90 @@ def predict(plan: Plan, machine: Machine) -> Iterator[Table]:
     with tempfile.TemporaryDirectory(prefix="sightline-bench-") as folder:
         room = Path(folder)
         model = _saved(plan, room)
-        sides, notes = _contenders(plan, model, room)
-        for kind, (height, width, usual) in FOLDERS.items():
-            count = plan.images or usual
-            paths = draw(room / kind, height, width, count)
-            answers: dict[str, list[str]] = {}
-            contenders = [Contender(name, partial(_noted, answers, name, run, paths)) for name, run, _ in sides]
-            timed = take_turns(contenders, plan.rounds)
-            rows = rows_of(timed, [size for _, _, size in sides], count)
-            title = f"predict, {plan.model}, {count} JPEGs of {width}×{height}"
-            told = [*notes, *_agreement(answers), _shares(model, paths[0], plan)]
-            told += [f"{name}: {run.chosen.why}" for name, run, _ in sides if isinstance(run, _Ours) and run.chosen.why]
-            yield Table("predict", title, count, ",".join(plan.precisions), rows, notes=told)
+        sides, notes = _sides(plan, room)
+        size = count_parameters(model.network)
+        with ExitStack() as held:
+            processes = {package: held.enter_context(_Apart()) for package in {side.package for side in sides}}
+            for kind, (height, width, usual) in FOLDERS.items():
+                count = plan.images or usual
+                paths = draw(room / kind, height, width, count)
+                answers: dict[str, _Answers] = {}
+                contenders = [
+                    Contender(side.name, partial(_noted, answers, processes[side.package], side, paths))
+                    for side in sides
+                ]
+                timed = take_turns(contenders, plan.rounds)
+                title = f"predict, {plan.model}, {count} JPEGs of {width}×{height}"
+                told = [*notes, _agreement(answers), _shares(model, paths[0], plan)]
+                told += [f"{name}: {found.why}" for name, found in answers.items() if found.why]
+                rows = rows_of(timed, [size] * len(sides), count)
+                yield Table("predict", title, count, ",".join(plan.precisions), rows, notes=told)
 
 
-Run = Callable[[list[str]], list[str]]
-"""Paths to the label of each."""
+class _Answers(NamedTuple):
+    """The label of each path, and why it was computed as it was."""
+
+    labels: list[str]
+    why: str = ""
+
+
+Run = Callable[[list[str]], _Answers]
+
+
+class _Side(NamedTuple):
+    """A contender: whose it is, and what makes it, in a process of that package's own."""
+
+    name: str
+    package: str
+    make: Callable[[], Run]
+
+
+class _Apart:
+    """A process for the contenders of one package, as its users have one: what `predict` keeps serves nobody else."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.line, theirs = context.Pipe()
+        self.process = context.Process(target=_answer, args=(theirs,))
+        with theirs, signals_wait():
+            self.process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
+        self.line.close()  # which ends it, unless it is at work
+        if kind is not None:
+            self.process.terminate()
+        self.process.join()
+
+    def __call__(self, side: _Side, paths: list[str]) -> _Answers:
+        """What a contender answers. Raises WorkError where its process has died."""
+        try:
+            self.line.send((side, paths))
+            found = self.line.recv()
+        except (EOFError, OSError) as fault:
+            raise WorkError(f"{side.name} ended before it had answered; what it said stands above") from fault
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _answer(line: Connection) -> None:
+    """The life of such a process: makes each contender once, and lets it answer until nobody asks."""
+    leave_ctrl_c()
+    runs: dict[str, Run] = {}
+    while True:
+        try:
+            side, paths = line.recv()
+        except EOFError:
+            return
+        try:
+            if side.name not in runs:
+                runs[side.name] = side.make()
+            line.send(runs[side.name](paths))
+        except (UserError, WorkError) as fault:
+            line.send(fault)
 
 
 def draw(folder: Path, height: int, width: int, count: int) -> list[str]:
@@ -85,21 +157,19 @@ def draw(folder: Path, height: int, width: int, count: int) -> list[str]:
     return paths
 
 
-def _noted(answers: dict[str, list[str]], name: str, run: Run, paths: list[str]) -> None:
-    if not name.startswith(OURS):
-        Image.core.set_blocks_max(0)  # as Pillow has it; what `predict` keeps must not serve the others
-    answers[name] = run(paths)
+def _noted(answers: dict[str, _Answers], process: _Apart, side: _Side, paths: list[str]) -> None:
+    answers[side.name] = process(side, paths)
 
 
-def _agreement(answers: Mapping[str, list[str]]) -> list[str]:
+def _agreement(answers: Mapping[str, _Answers]) -> str:
     """How many labels are those of the first in plain fp32, where weights are the same."""
-    base = answers[f"{OURS}, fp32"]
+    base = answers[f"{OURS}, fp32"].labels
     shares = []
     for name, found in answers.items():
         if name != f"{OURS}, fp32" and not name.startswith("timm"):  # which draws weights of its own
-            same = sum(a == b for a, b in zip(found, base, strict=True)) / len(base)
+            same = sum(a == b for a, b in zip(found.labels, base, strict=True)) / len(base)
             shares.append(f"{name} {same:.1%}")
-    return [f"the same labels as in fp32: {'; '.join(shares)}"]
+    return f"the same labels as in fp32: {'; '.join(shares)}"
 
 
 def _saved(plan: Plan, room: Path) -> Model:
@@ -114,11 +184,10 @@ def _saved(plan: Plan, room: Path) -> Model:
     return load(room / "ours")
 
 
-def _contenders(plan: Plan, model: Model, room: Path) -> tuple[list[tuple[str, Run, int]], list[str]]:
-    """Name, work and parameters of each, and remarks about those that are left out."""
-    size, cache = count_parameters(model.network), Cache(room / "speeds", 2**20)
+def _sides(plan: Plan, room: Path) -> tuple[list[_Side], list[str]]:
+    """The contenders, and remarks about those that are left out."""
     own = {**OWN, **dict(ASKED[name] for name in plan.precisions if name in ASKED)}
-    found: list[tuple[str, Run, int]] = [(name, _Ours(model, cache, plan, **told), size) for name, told in own.items()]
+    found = [_Side(name, OURS, partial(_Ours, room, plan, **told)) for name, told in own.items()]
     low = [PRECISIONS[name].dtype for name in shared(plan) if name != "fp32"]
     notes = []
     if "transformers" in plan.peers:
@@ -130,7 +199,9 @@ def _contenders(plan: Plan, model: Model, room: Path) -> tuple[list[tuple[str, R
             ways: list[tuple[str, dict[str, Any]]] = [("transformers' pipeline", {})]
             ways += [(f"transformers' pipeline, batches of {BATCH}", {"batch_size": BATCH})]
             ways += [(f"{ways[1][0]}, {_short(dtype)}", {"batch_size": BATCH, "dtype": dtype}) for dtype in low]
-            found += [(name, _pipeline(room / "theirs", plan, **told), size) for name, told in ways]
+            found += [
+                _Side(name, "transformers", partial(_Pipeline, room / "theirs", plan, **told)) for name, told in ways
+            ]
     if "timm" in plan.peers:
         if PEERS["timm"].network(plan.architecture(), CLASSES) is None:
             notes.append(f"timm {PEERS['timm'].version} has no {plan.model} like this")
@@ -138,7 +209,7 @@ def _contenders(plan: Plan, model: Model, room: Path) -> tuple[list[tuple[str, R
             for workers in (0, 2):
                 for dtype in (torch.float32, *low):
                     name = f"timm, {workers} workers" + ("" if dtype == torch.float32 else f", {_short(dtype)}")
-                    found.append((name, _Timm(plan, dtype, workers), size))
+                    found.append(_Side(name, "timm", partial(_Timm, plan, dtype, workers)))
     return found, notes
 
 
@@ -149,34 +220,44 @@ def _short(dtype: torch.dtype) -> str:
 class _Ours:
     """What `sightline predict` does, with the model loaded."""
 
-    def __init__(self, model: Model, cache: Cache, plan: Plan, *, draft: bool = False, **asked: Any):
+    def __init__(self, room: Path, plan: Plan, *, draft: bool = False, **asked: Any):
+        model = _loaded(room)
         given = replace(model, preprocess=model.preprocess.replace(draft=True)) if draft else model
         precision = asked.get("precision", "auto")
         self.predictor = given.predictor(
             device=str(plan.device), top=1, precision="fp32" if precision in ASKED else precision
         )
-        self.asked: dict[str, Any] = {"precision": precision, "cache": cache, **asked}
+        self.asked: dict[str, Any] = {"precision": precision, "cache": Cache(room / "speeds", 2**20), **asked}
         self.chosen = Chosen(self.predictor, ())  # kept, as those of others, whose weights lie ready in their precision
 
-    def __call__(self, paths: list[str]) -> list[str]:
+    def __call__(self, paths: list[str]) -> _Answers:
         self.chosen = choose(self.predictor, paths, **self.asked)
         labels = []
         for answer in self.chosen.predictor.predict(self.chosen.sources):
             reply: Any = answer.prediction
             assert reply is not None, answer.error
             labels.append(reply.label)
-        return labels
+        return _Answers(labels, self.chosen.why)
 
 
-def _pipeline(folder: Path, plan: Plan, **settings: Any) -> Run:
+@cache
+def _loaded(room: Path) -> Model:
+    return load(room / "ours")
+
+
+class _Pipeline:
     """Transformers' pipeline, called with a list of paths."""
-    from transformers import pipeline
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    batch = {key: settings.pop(key) for key in ("batch_size",) if key in settings}
-    pipe: Any = pipeline("image-classification", str(folder), device=str(plan.device), **settings)
-    return lambda paths: [answer[0]["label"] for answer in pipe(paths, **batch)]
+    def __init__(self, folder: Path, plan: Plan, batch_size: int | None = None, **settings: Any):
+        from transformers import pipeline
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.batch = {} if batch_size is None else {"batch_size": batch_size}
+        self.pipe: Any = pipeline("image-classification", str(folder), device=str(plan.device), **settings)
+
+    def __call__(self, paths: list[str]) -> _Answers:
+        return _Answers([answer[0]["label"] for answer in self.pipe(paths, **self.batch)])
 
 
 class _Timm:
@@ -192,7 +273,7 @@ class _Timm:
         self.network, self.dtype = network.eval().to(plan.device, dtype), dtype
         self.workers, self.device = workers, plan.device
 
-    def __call__(self, paths: list[str]) -> list[str]:
+    def __call__(self, paths: list[str]) -> _Answers:
         from timm.data import ImageDataset
         from torch.utils.data import DataLoader
 
@@ -202,7 +283,7 @@ class _Timm:
             for pixels, _ in DataLoader(dataset, batch_size=16, num_workers=self.workers):
                 scores = self.network(pixels.to(self.device, self.dtype))
                 found += [f"class {i}" for i in scores.argmax(dim=1).tolist()]
-        return found
+        return _Answers(found)
 
 
 def _shares(model: Model, path: str, plan: Plan) -> str:

@@ -4,14 +4,13 @@ import hashlib
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -24,6 +23,7 @@ from PIL import Image
 
 from sightline.datasets.image_set import Samples
 from sightline.images.decode import FORMATS, Header, ImageError, Source, decode, header, read
+from sightline.processes import leave_ctrl_c, signals_wait
 
 CELLS = 16
 """Rows and columns of the picture that duplicates are sought by."""
@@ -292,7 +292,7 @@ class _Worker:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, samples, theirs), daemon=True)
-        with theirs, _held():
+        with theirs, signals_wait():
             self.process.start()
         self.owed: deque[Sequence[int]] = deque()
         self.until = math.inf
@@ -324,23 +324,8 @@ class _Worker:
         self.line.close()
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def _held() -> Generator[None]:
-    """Signals wait until a process is started: they would meet it half made, with this one's handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _serve(work: Callable[[Source], Any], samples: Samples, line: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    leave_ctrl_c()
     parent = multiprocessing.parent_process()
     assert parent is not None
     # Whoever was killed outright leaves nobody behind.

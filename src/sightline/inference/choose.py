@@ -9,11 +9,11 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 
-from sightline.device import INT8, PRECISIONS
+from sightline.device import INT8, PRECISIONS, keep_for_next
 from sightline.errors import UserError, WorkError, printable
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import Source
@@ -92,6 +92,7 @@ def choose(
         raise UserError(f"there is no precision '{printable(precision)}': choose {', '.join((*PRECISIONS, INT8))}")
     if precision == INT8 and runtime in MODULE:
         raise UserError(f"8 bits are computed by torch, and the runtime is {runtime}: leave --runtime away")
+    keep_for_next()
     given = predictor if batch_size is None else predictor.altered(batch_size=batch_size)
     if runtime in MODULE:
         return Chosen(through(given, cast(Format, runtime)), sources)
@@ -155,11 +156,11 @@ class _Choice:
         self.batch = self._first_batch()
         self.agreement: Agreement | None = None
 
-    def made(self, way: Way, batch_size: int | None, reading: float) -> tuple[Predictor, str]:
+    def made(self, way: Way, batch_size: int | None, reading: "Reading") -> tuple[Predictor, str]:
         """The predictor that computes this way, and why."""
         batch = batch_size or self._batch(way)
-        cores = self._cores(way, reading)
-        predictor = self.bench.by(way).altered(batch_size=batch, cores=cores)
+        cores, in_turn = self._cores(way, reading)
+        predictor = self.bench.by(way).altered(batch_size=batch, cores=cores, in_turn=in_turn)
         return predictor, self._words(way, batch, cores)
 
     def _first_batch(self) -> int:
@@ -227,20 +228,28 @@ class _Choice:
                 best, chosen = seconds, batch
         return chosen
 
-    def _cores(self, way: Way, reading: float) -> int:
-        """Threads of the network, the rest being left to reading, so that most images are done in a second.
+    def _cores(self, way: Way, reading: "Reading") -> tuple[int, bool]:
+        """Threads of the network, and whether it computes in turn with reading: what does most images in a second.
 
-        With t threads an image takes m seconds of each, and `reading` seconds of one: neither can there be more than
-        1/m images, nor more than all cores together bear.
+        In turn, all threads compute an image in m seconds and all that read in r seconds: 1/(m + r) images. Side by
+        side, with t threads, of which an image takes m seconds each, and `reading.seconds` of one: neither can there be
+        more than 1/m images, nor more than all cores together bear. Where both want all cores they disturb each other,
+        for the network's threads wait for the slowest: that is for images that have to be waited for.
         """
-        everything = available()
-        if way in MODULE or reading < 0.2 * self._seconds(way) * everything:
-            return self.cores
-        rates = {}
+        everything, together = available(), self._seconds(way)
+        if way in MODULE or reading.waits:
+            in_turn = {}
+        else:
+            hands = min(self.bench.predictor.threads, everything)
+            in_turn = {(self.cores, True): 1 / (together + reading.seconds / hands)}
+        if way in MODULE or reading.seconds < 0.2 * together * everything:
+            return self.cores, bool(in_turn)
+        rates = dict(in_turn)
         for cores in sorted({1, max(self.cores // 2, 1), self.cores}):
-            seconds = self.bench.seconds(way, cores, self.batch)
-            rates[cores] = min(1 / seconds, everything / (reading + cores * seconds))
-        return max(rates, key=lambda cores: rates[cores])
+            if cores < self.cores or not in_turn:
+                seconds = self.bench.seconds(way, cores, self.batch)
+                rates[cores, False] = min(1 / seconds, everything / (reading.seconds + cores * seconds))
+        return max(rates, key=lambda found: rates[found])
 
     def _words(self, way: Way, batch: int, cores: int) -> str:
         said = f"{WAYS[way]}, {cores} thread{'s' * (cores > 1)}, batches of {batch}"
@@ -268,28 +277,37 @@ def _ways(predictor: Predictor, precision: str) -> list[Way]:
     return [way for way in get_args(Way) if possible.get(way)]
 
 
+class Reading(NamedTuple):
+    """What reading an image takes: `seconds` of one core; `waits` tells that most of the time passes without it."""
+
+    seconds: float
+    waits: bool
+
+
 def _looked_at(
     predictor: Predictor, sources: Iterable[Item], number: int
-) -> tuple[list[Ready | Answer], Iterable[Item], float]:
-    """The first items read, of which `number` are images if they can be had; the rest; seconds of reading one.
+) -> tuple[list[Ready | Answer], Iterable[Item], Reading]:
+    """The first items read, of which `number` are images if they can be had; the rest; what reading takes.
 
     The first that each thread reads takes longer, and is not counted where there are others.
     """
 
-    def timed(source: Item) -> tuple[Ready | Answer, float]:
-        began = time.thread_time()
-        return predictor.prepare(source), time.thread_time() - began
+    def timed(source: Item) -> tuple[Ready | Answer, float, float]:
+        wall, core = time.monotonic(), time.thread_time()
+        return predictor.prepare(source), time.thread_time() - core, time.monotonic() - wall
 
     rest = iter(sources)
-    items, spent = list[Ready | Answer](), list[float]()
+    items, spent = list[Ready | Answer](), list[tuple[float, float]]()
     with readers(predictor.threads) as pool:
         while len(spent) < number and len(items) < 4 * number:
             drawn = list(itertools.islice(rest, number - len(spent)))
             if not drawn:
                 break
-            for item, seconds in pool.map(timed, drawn):
+            for item, computed, passed in pool.map(timed, drawn):
                 items.append(item)
                 if isinstance(item, Ready):
-                    spent.append(seconds)
+                    spent.append((computed, passed))
     usual = spent[predictor.threads :] or spent
-    return items, rest, sum(usual) / max(len(usual), 1)
+    computed, passed = (sum(times) for times in zip(*usual, strict=True)) if usual else (0.0, 0.0)
+    crowded = max(1.0, predictor.threads / available())
+    return items, rest, Reading(computed / max(len(usual), 1), passed > 2 * crowded * computed)

@@ -1,6 +1,7 @@
 """Images to answers, many at a time: files are read by threads while the network computes."""
 
 import copy
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,8 +51,9 @@ class Predictor:
 
     The network is moved to `device`. `precision` is that of its matrix products (`sightline.device` chooses both);
     scores are computed in float32. `batch_size` is the most images at a time, `top` the number of classes in an
-    answer, `cores` the number of threads that the network computes with (None: as many as torch takes). Raises
-    UserError where the labels do not fit the network.
+    answer, `cores` the number of threads that the network computes with (None: as many as torch takes). Images are read
+    while others are computed, or `in_turn`: all cores read a few batches, then all compute them. Raises UserError where
+    the labels do not fit the network.
 
     On a processor that multiplies bf16 itself, a copy of the network with its weights in bf16 computes; in fp32 it is,
     with `pack`, a copy whose weights are packed for the processor (`inference.packed`): faster, with more memory.
@@ -76,6 +78,7 @@ class Predictor:
         pack: bool = False,
         cores: int | None = None,
         grids: Grids | None = None,
+        in_turn: bool = False,
     ):
         classes = getattr(network.architecture.head, "num_classes", len(labels))
         if len(labels) != classes:
@@ -84,7 +87,7 @@ class Predictor:
         self.network = network.to(self.device)
         self.preprocess, self.labels = preprocess, list(labels)
         self.precision, self.batch_size, self.top = precision, batch_size, top
-        self.pack, self.cores, self.grids = pack, cores, grids
+        self.pack, self.cores, self.grids, self.in_turn = pack, cores, grids, in_turn
         self._made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
         self._require_positive()
         self.threads = min(8, os.cpu_count() or 1)
@@ -110,9 +113,9 @@ class Predictor:
         return self.network
 
     def altered(self, **changes: Any) -> "Predictor":
-        """The same predictor with some of `precision`, `pack`, `grids`, `cores`, `batch_size` or `network` changed."""
+        """The same with some of `precision`, `pack`, `grids`, `cores`, `batch_size`, `in_turn` or `network` changed."""
         other = copy.copy(self)
-        if changes.keys() - {"cores", "batch_size"}:
+        if changes.keys() - {"cores", "batch_size", "in_turn"}:
             vars(other).pop("computing", None)
         if changes.keys() & {"network", "grids"}:
             other._made = WeakValueDictionary()
@@ -228,10 +231,15 @@ class Predictor:
 
     def _prepared(self, sources: Iterable[Source | Ready | Answer]) -> Iterator[Ready | Answer]:
         """The sources as pixels or failures, in order; reading runs ahead of whoever asks, by `look_ahead`."""
-        pool = readers(self.threads, yielding=True)
+        pool = readers(self.threads, yielding=not self.in_turn)
+        rest = iter(sources)
         try:
+            if self.in_turn:
+                while drawn := list(itertools.islice(rest, 2 * self.batch_size)):
+                    yield from list(pool.map(self.prepare, drawn))  # all of them, before the first is computed
+                return
             running = deque()
-            for source in sources:
+            for source in rest:
                 running.append(pool.submit(self.prepare, source))
                 if len(running) == self.look_ahead:
                     yield running.popleft().result()

@@ -14,7 +14,7 @@ from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
-from sightline.device import pick_device, pick_precision
+from sightline.device import keep_for_next, pick_device, pick_precision
 from sightline.errors import UserError, printable, suggest
 from sightline.evaluation.cache import Cache
 from sightline.evaluation.features import Embedding
@@ -103,6 +103,7 @@ def evaluate(
         near = suggest(protocol, known)
         raise UserError(f"unknown protocol '{printable(protocol)}'.{near} There are {', '.join(known)}.")
     judge: Protocol | None = known[protocol]
+    keep_for_next()
     model = load(source, architecture=architecture, vocabulary=vocabulary)
     require(merge == 0 or judge is None, "merge is for the protocol accuracy: features are kept for the whole network")
     if merge:

@@ -13,7 +13,7 @@ from torch import nn
 from sightline.datasets.loader import TrainLoader
 from sightline.datasets.order import steps_per_epoch
 from sightline.datasets.split import Splits
-from sightline.device import computing_with, give_back_at_once, pick_precision
+from sightline.device import computing_with, give_back_at_once, keep_for_next, pick_precision
 from sightline.errors import UserError, WorkError
 from sightline.objectives.objective import Objective
 from sightline.recipes.recipe import Recipe
@@ -144,8 +144,7 @@ def hold(held: ExitStack, folder: RunFolder, world: World, recipe: Recipe, *, re
         if not resume:
             folder.require_fresh()  # somebody may have been quicker
     held.enter_context(computing_with(recipe.settings.threads))
-    if recipe.settings.checkpointing or recipe.settings.memory:
-        give_back_at_once()
+    (give_back_at_once if recipe.settings.checkpointing or recipe.settings.memory else keep_for_next)()
 
 
 def require_same_data(splits: Splits, record: dict[str, Any], folder: RunFolder) -> None:
