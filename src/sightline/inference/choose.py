@@ -80,7 +80,8 @@ def choose(
     installed and the job takes ten minutes otherwise, through the gate of `export`. Something else than plain fp32 has
     to save a second and a tenth of the time. The number of threads follows from what reading and computing one image
     take; `batch_size` from a measurement, where it is None. What was measured is kept in `cache`, under the model's
-    weights and this machine; the images are looked at anew each time. Raises what `through` raises.
+    weights and this machine; the images are looked at anew each time. In a job of 48 images or more the process keeps
+    memory that is freed (`device.keep_for_next`). Raises what `through` raises.
 
     `precision="int8"`, which is never chosen otherwise, computes in 8 bits, calibrated on the first 256 images or on
     those of `calibrate`, if at least the share `agreement` of them keeps its first class; else it raises UserError
@@ -92,12 +93,13 @@ def choose(
         raise UserError(f"there is no precision '{printable(precision)}': choose {', '.join((*PRECISIONS, INT8))}")
     if precision == INT8 and runtime in MODULE:
         raise UserError(f"8 bits are computed by torch, and the runtime is {runtime}: leave --runtime away")
-    keep_for_next()
     given = predictor if batch_size is None else predictor.altered(batch_size=batch_size)
     if runtime in MODULE:
         return Chosen(through(given, cast(Format, runtime)), sources)
     if count is None:
         count = len(sources) if isinstance(sources, Sequence) else 0
+    if count >= FEW:
+        keep_for_next()
     if precision == INT8:
         return _in_eight_bits(given, sources, count, batch_size, cache, calibrate, agreement)
     ways = _ways(given, precision)
