@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float16, Float32, Int32, UInt8
 from PIL import Image
 
 from sightline.datasets.image_set import Samples
+from sightline.device import keep_for_next
 from sightline.images.decode import FORMATS, Header, ImageError, Source, decode, header, read
 from sightline.processes import leave_ctrl_c, signals_wait
 
@@ -326,6 +327,7 @@ class _Worker:
 
 def _serve(work: Callable[[Source], Any], samples: Samples, line: Connection) -> None:
     leave_ctrl_c()
+    keep_for_next()
     parent = multiprocessing.parent_process()
     assert parent is not None
     # Whoever was killed outright leaves nobody behind.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sightline.datasets.effort import Effort, measured
+from sightline.device import keep_for_next
 from sightline.errors import WorkError
 
 Watch = Callable[[int], str | None]
@@ -224,6 +225,7 @@ def _serve(load: Load, line: socket.socket, place: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the main process, which still saves its work
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_for_next()
     parent = os.getppid()
     while True:
         while not wait([line], LOOK):
