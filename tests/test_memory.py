@@ -67,7 +67,8 @@ FAULTS = """
 import resource, sys, torch
 from sightline import device
 
-getattr(device, sys.argv[1])()
+for name in sys.argv[1:]:
+    getattr(device, name)()
 for turn in range(9):
     if turn == 4:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -79,13 +80,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other ways")
 def test_memory_is_kept_for_the_next_tensor_or_given_back():
-    def faults(what: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True)
+    def faults(*what: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, *what], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     pages = 5 * 11 * 8_000_012 // 4096
-    assert faults("keep_for_next") < pages / 100
-    assert faults("give_back_at_once") > pages / 2
+    assert faults("give_back_at_once", "keep_for_next") < pages / 5  # some growth is left to the heap
+    assert faults("keep_for_next", "give_back_at_once") > pages / 2
 
 
 def test_moments_follow_the_optimiser():
