@@ -12,16 +12,14 @@ from command import cli, refusal
 from sightline.benching import cases
 from sightline.benching.bench import bench, lines
 from sightline.benching.ceilings import Machine
-from sightline.benching.contenders import Programs, model_of, noise, others
+from sightline.benching.contenders import Programs, model_of, noise
 from sightline.benching.peers import PEERS, TORCHVISION, Peer
 from sightline.benching.rounds import Contender, Ratio, Timed, by_clock, growth, take_turns
 from sightline.benching.tables import CLASSES, Plan
 from sightline.device import INT8
 from sightline.errors import UserError
-from sightline.inference.predictor import Ready
 from sightline.inference.quantised import multiplies_int8
 from sightline.network import count_parameters, create_model, describe, list_models
-from sightline.types import Placement
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MACHINE = Machine("a processor", 1, "2", "cpu", {"fp32": 50.0, "bf16": 100.0}, 20.0)
@@ -86,13 +84,12 @@ def test_peers_follow_the_size_of_image_and_patch(name):
 
 
 def test_peers_take_part_in_their_best_settings():
-    plan = Plan("resnet18", torch.device("cpu"), peers=("timm", "transformers"), image_size=64)
-    found, notes = others(plan, plan.architecture(), "bf16")
-    assert [entrant.name for entrant in found] == ["timm", "timm, autocast", "timm, channels last"]
-    assert notes == [f"transformers {PEERS['transformers'].version} has no resnet18 like this"]
-    image = Ready("", torch.zeros(3, 64, 64), Placement((64, 64), (1.0, 1.0), (0.0, 0.0), (64, 64)))
-    for entrant in found:
-        entrant.on([image, image]).work()
+    plan = Plan("resnet18", torch.device("cpu"), ("timm", "transformers"), ("bf16",), (2,), rounds=1, image_size=64)
+    (table,) = cases.forward(plan, MACHINE)
+    assert [row.name for row in table.rows] == ["sightline", "timm", "timm, autocast", "timm, channels last"]
+    assert table.notes == [
+        f"transformers is left out: version {PEERS['transformers'].version} has no resnet18 like this"
+    ]
 
 
 @pytest.mark.skipif(not multiplies_int8(), reason="this processor does not multiply 8-bit numbers")
@@ -118,14 +115,17 @@ def test_programs_compute_the_same_network(monkeypatch):
     model, plan = model_of(network), Plan("vit_tiny_patch16_224", torch.device("cpu"), runtimes=("onnx", "openvino"))
     monkeypatch.setitem(sys.modules, "openvino", None)  # not installed
     programs = Programs(model, plan)
-    found, notes = programs.entrants("fp32")
+    found, notes = programs.sides("fp32")
     predictor = model.predictor(device="cpu", precision="fp32")
     images = noise(predictor, 3)
-    assert [entrant.name for entrant in found] == ["sightline's export in ONNX Runtime"]
+    monkeypatch.setattr(
+        "sightline.benching.contenders._pixels", lambda *about: torch.stack([image.pixels for image in images])
+    )
+    assert [side.name for side in found] == ["sightline's export in ONNX Runtime"]
     assert "OpenVINO is left out: openvino is not installed" in notes[0]
-    answered = next(iter(found[0].on(images).work().values()))
+    answered = next(iter(found[0].make()(3).values()))
     torch.testing.assert_close(torch.from_numpy(answered), predictor.compute(images, features=False), rtol=0, atol=1e-4)
-    found, notes = programs.entrants("bf16")
+    found, notes = programs.sides("bf16")
     assert not found
     assert notes[1] == "ONNX Runtime computes this program in fp32 alone, and is left out in bf16"
     programs.close()

@@ -11,7 +11,6 @@ from sightline.benching.contenders import PRECISIONS, PROGRAMS
 from sightline.benching.peers import PEERS
 from sightline.benching.rounds import as_json
 from sightline.benching.tables import Plan, Table
-from sightline.device import keep_for_next
 from sightline.errors import UserError, printable, suggest
 from sightline.explanation.page import document
 from sightline.reports.charts import line_chart
@@ -69,7 +68,6 @@ def bench(
             if name not in known:
                 listed = ", ".join(known)
                 raise UserError(f"unknown {kind} '{printable(name)}'.{suggest(name, known)} There are {listed}.")
-    keep_for_next()  # for all alike: it holds for the process, and others' networks gain by it too
     versions = {name: PEERS[name].version for name in plan.peers}
     present = replace(plan, peers=[name for name, version in versions.items() if version is not None])
     here = machine(plan.device, {name: PRECISIONS[name].own or PRECISIONS[name].dtype for name in plan.precisions})

@@ -8,43 +8,41 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 
+from sightline.benching.apart import Processes
 from sightline.benching.ceilings import Machine, timer_of
-from sightline.benching.contenders import PRECISIONS, Programs, model_of, noise, others, ours, shared
+from sightline.benching.contenders import Programs, computable, model_of, noise, others, ours, seconds_of, shared
 from sightline.benching.folders import predict
 from sightline.benching.learning import mae, training
 from sightline.benching.memory import Memory
 from sightline.benching.rounds import Contender, growth, take_turns
 from sightline.benching.tables import OURS, Plan, Point, Table, rows_of
-from sightline.device import out_of_memory
+from sightline.device import keep_for_next, out_of_memory
 from sightline.network import count_macs
 
 
 def forward(plan: Plan, machine: Machine) -> Iterator[Table]:
     """Prepared pixels to logits, as `predict` computes long jobs, beside the same network of others."""
+    computable(plan)
     architecture = plan.architecture()
     flops = 2 * count_macs(architecture)
-    model = model_of(architecture.build())
-    timer = timer_of(plan.device)
-    with closing(Programs(model, plan)) as programs:
+    with closing(Programs(model_of(architecture.build()), plan)) as programs:
         for precision in plan.precisions:
-            predictor = PRECISIONS[precision].ours(model, plan)
-            peers, notes = others(plan, architecture, precision)
-            written, remarks = programs.entrants(precision)
-            entrants = [ours(predictor), *peers, *written]
-            images = noise(predictor, max(plan.batch_sizes))
-            for batch in plan.batch_sizes:
-                timed = take_turns([entrant.on(images[:batch]) for entrant in entrants], plan.rounds, timer)
-                title = f"forward, {plan.model}, batches of {batch}, {precision}"
-                sizes = [entrant.parameters for entrant in entrants]
-                rows = rows_of(timed, sizes, batch, flops=flops, peak=machine.products[precision])
-                yield Table("forward", title, batch, precision, rows, notes=[*notes, *remarks])
-            del entrants, peers, written, predictor
-            gc.collect()
+            peers, notes = others(plan, precision)
+            written, remarks = programs.sides(precision)
+            with Processes() as processes:
+                found, absent = processes.present([ours(plan, precision), *peers, *written])
+                sides, sizes = zip(*found, strict=True)
+                for batch in plan.batch_sizes:
+                    timed = processes.in_turns(sides, plan.rounds, seconds_of, plan.device, batch)
+                    title = f"forward, {plan.model}, batches of {batch}, {precision}"
+                    rows = rows_of(timed, sizes, batch, flops=flops, peak=machine.products[precision])
+                    yield Table("forward", title, batch, precision, rows, notes=[*absent, *notes, *remarks])
 
 
 def resolution(plan: Plan, machine: Machine) -> Iterator[Table]:
     """Time and memory of one image, from small to large, in the first of the precisions that others have, too."""
     precision = (shared(plan) or ["fp32"])[0]
+    keep_for_next()
     points: list[Point] = []
     notes: list[str] = []
     for side in (*plan.sides[:1], *plan.sides):  # what all have in common is made for the first, which does not count

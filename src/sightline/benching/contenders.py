@@ -1,19 +1,20 @@
 """Who takes part: the network as Sightline computes it, as others have it, and as a program of other runtimes."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sightline.benching.peers import PEERS
-from sightline.benching.rounds import Contender
+from sightline.benching.apart import Side
+from sightline.benching.ceilings import timer_of
+from sightline.benching.peers import network_of
 from sightline.benching.tables import CLASSES, OURS, Plan
-from sightline.device import INT8
+from sightline.device import INT8, keep_for_next
 from sightline.errors import UserError, WorkError, printable
 from sightline.images.preprocess import Preprocess
 from sightline.inference.export import Format, export
@@ -44,10 +45,9 @@ def _predicting(precision: str) -> Callable[[Model, Plan], Predictor]:
 
 
 def _in_8_bits(model: Model, plan: Plan) -> Predictor:
-    if plan.device.type != "cpu" or not multiplies_int8():
-        raise UserError(f"{plan.device} does not multiply 8-bit numbers here: leave int8 out of --precision")
     predictor = _predicting("bf16")(model, plan)
-    grids = calibrated(model.network, [_stacked(noise(predictor, CALIBRATING))])
+    images = noise(predictor, CALIBRATING)
+    grids = calibrated(model.network, [torch.stack([image.pixels for image in images])])
     return predictor.altered(precision=torch.int8, grids=grids)
 
 
@@ -68,6 +68,12 @@ def shared(plan: Plan) -> list[str]:
     return [name for name in plan.precisions if PRECISIONS[name].own is None]
 
 
+def computable(plan: Plan) -> None:
+    """Raises UserError where 8 bits are asked for, and the device does not multiply them."""
+    if INT8 in plan.precisions and (plan.device.type != "cpu" or not multiplies_int8()):
+        raise UserError(f"{plan.device} does not multiply 8-bit numbers here: leave int8 out of --precision")
+
+
 PROGRAMS: Mapping[str, tuple[Format, str]] = {
     "onnx": ("onnx", "ONNX Runtime"),
     "openvino": ("openvino", "OpenVINO"),
@@ -75,16 +81,19 @@ PROGRAMS: Mapping[str, tuple[Format, str]] = {
 """Runtimes on the processor that take a program of `sightline export`, and what they are called."""
 
 
-class Entrant(NamedTuple):
-    """A contender for any batch: `work` is given prepared images and gives what computes them."""
+class Entrant:
+    """A contender for any batch: `prepare` is given the number of images, and gives what computes them."""
 
-    name: str
-    parameters: int
-    work: Callable[[Sequence[Ready]], Callable[[], object]]
+    def __init__(self, parameters: int, prepare: Callable[[int], Callable[[], object]]):
+        self.parameters, self.prepared = parameters, cache(prepare)
 
-    def on(self, images: Sequence[Ready]) -> Contender:
-        """The contender for these images."""
-        return Contender(self.name, self.work(images))
+    def __call__(self, batch: int) -> object:
+        return self.prepared(batch)()
+
+
+def seconds_of(made: Callable[..., object], device: torch.device, *given: object) -> float:
+    """What a contender needs for what it is given, in its own process."""
+    return timer_of(device)(partial(made, *given))
 
 
 def model_of(network: Network) -> Model:
@@ -101,71 +110,75 @@ def noise(predictor: Predictor, count: int) -> list[Ready]:
     return [replace(one, pixels=one.pixels.to(predictor.device)) for one in ready]
 
 
-def ours(predictor: Predictor) -> Entrant:
-    """The network as `predict` computes it."""
-    parameters = count_parameters(predictor.network)
-    return Entrant(OURS, parameters, lambda images: partial(predictor.compute, images, features=False))
+def ours(plan: Plan, precision: str) -> Side:
+    """The network as long jobs of `predict` compute it."""
+    return Side(OURS, OURS, partial(_ours, plan, precision))
 
 
-def others(plan: Plan, architecture: Architecture, precision: str) -> tuple[list[Entrant], list[str]]:
-    """The network of each peer that has it, in each of the settings that its users take; remarks about the rest.
+def _ours(plan: Plan, precision: str) -> Entrant:
+    keep_for_next()
+    predictor = PRECISIONS[precision].ours(model_of(plan.architecture().build()), plan)
+    images = noise(predictor, max(plan.batch_sizes))
+    return Entrant(
+        count_parameters(predictor.network),
+        lambda batch: partial(predictor.compute, images[:batch], features=False),
+    )
+
+
+def others(plan: Plan, precision: str) -> tuple[list[Side], list[str]]:
+    """The network of each peer, in each of the settings that its users take; remarks about them.
 
     Weights in the precision that is asked for, and autocast where that is half; the channels last where most layers are
     convolutions; compiled, with weights that are constants on the processor, where the plan asks for it.
     """
-    found, notes = list[Entrant](), list[str]()
-    dtype = PRECISIONS[precision].dtype
-    if PRECISIONS[precision].own is not None and plan.peers:
-        notes.append("others compute in bf16 here")
-    for name in plan.peers:
-        peer = PEERS[name]
-
-        def fresh(dtype: torch.dtype = dtype, make: Any = peer.network) -> nn.Module:
-            return make(architecture, CLASSES).to(plan.device, dtype).eval()
-
-        if (network := peer.network(architecture, CLASSES)) is None:
-            notes.append(f"{name} {peer.version} has no {architecture.name} like this")
-            continue
-        network = network.to(plan.device, dtype).eval()
-        found.append(_passing(name, network, plan, dtype))
-        if dtype != torch.float32:
-            found.append(_passing(f"{name}, autocast", fresh(torch.float32), plan, torch.float32, autocast=dtype))
-        if _convolves(network):
-            last: Any = torch.channels_last
-            found.append(_passing(f"{name}, channels last", fresh().to(memory_format=last), plan, dtype, form=last))
-        if plan.compiled:
-            options = {"freezing": True} if plan.device.type == "cpu" else None
-            twin = fresh()
-            twin.compile(dynamic=False, options=options)
-            found.append(_passing(f"{name}, compiled", twin, plan, dtype))
-    return found, notes
+    dtype, own = PRECISIONS[precision].dtype, PRECISIONS[precision].own
+    settings: dict[str, dict[str, Any]] = {"": {}}
+    if dtype != torch.float32:
+        settings[", autocast"] = {"autocast": True}
+    if _convolves(plan.architecture()):
+        settings[", channels last"] = {"form": torch.channels_last}
+    if plan.compiled:
+        settings[", compiled"] = {"compiled": True}
+    found = [
+        Side(f"{name}{said}", name, partial(_passing, name, plan, dtype, **setting))
+        for name in plan.peers
+        for said, setting in settings.items()
+    ]
+    return found, ["others compute in bf16 here"] if own is not None and found else []
 
 
-def _convolves(network: nn.Module) -> bool:
+def _convolves(architecture: Architecture) -> bool:
     """Whether most layers are convolutions."""
-    kinds = [type(part) for part in network.modules()]
-    return kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
+    with torch.device("meta"):
+        parts = list(architecture.build().modules())
+    return sum(isinstance(part, nn.Conv2d) for part in parts) > sum(isinstance(part, nn.Linear) for part in parts)
 
 
 def _passing(
     name: str,
-    network: nn.Module,
     plan: Plan,
     dtype: torch.dtype,
     *,
-    autocast: torch.dtype | None = None,
+    autocast: bool = False,
     form: torch.memory_format = torch.contiguous_format,
+    compiled: bool = False,
 ) -> Entrant:
-    def work(images: Sequence[Ready]) -> Callable[[], object]:
-        pixels = _stacked(images).to(plan.device, dtype).contiguous(memory_format=form)
+    network = network_of(name, plan.architecture(), CLASSES)
+    own = torch.float32 if autocast else dtype
+    network = network.to(plan.device, own).to(memory_format=form).eval()
+    if compiled:
+        network.compile(dynamic=False, options={"freezing": True} if plan.device.type == "cpu" else None)
+
+    def prepare(batch: int) -> Callable[[], object]:
+        pixels = _pixels(plan, batch).to(plan.device, own).contiguous(memory_format=form)
 
         def passed() -> None:
-            with torch.inference_mode(), torch.autocast(plan.device.type, autocast, enabled=autocast is not None):
+            with torch.inference_mode(), torch.autocast(plan.device.type, dtype, enabled=autocast):
                 network(pixels).float().cpu()
 
         return passed
 
-    return Entrant(name, count_parameters(network), work)
+    return Entrant(count_parameters(network), prepare)
 
 
 class Programs:
@@ -176,7 +189,7 @@ class Programs:
 
     def __init__(self, model: Model, plan: Plan):
         self.notes: list[str] = []
-        self.parameters = count_parameters(model.network)
+        self.plan, self.parameters = plan, count_parameters(model.network)
         self.files: dict[str, tuple[Any, tuple[str, ...]]] = {}
         self.room = tempfile.TemporaryDirectory(prefix="sightline-bench-")
         for name in plan.runtimes if plan.device.type == "cpu" else ():
@@ -190,19 +203,19 @@ class Programs:
         if plan.runtimes and plan.device.type != "cpu":
             self.notes.append("programs are measured on the processor alone, and left out")
 
-    def entrants(self, precision: str) -> tuple[list[Entrant], list[str]]:
+    def sides(self, precision: str) -> tuple[list[Side], list[str]]:
         """Those that compute in this precision, and remarks."""
-        found, notes = list[Entrant](), list(self.notes)
+        found, notes = list[Side](), list(self.notes)
         for name, (path, outputs) in self.files.items():
             called = f"sightline's export in {PROGRAMS[name][1]}"
             if precision == "fp32":
-                runtime = RUNTIMES[PROGRAMS[name][0]](path, outputs)
+                make = partial(RUNTIMES[PROGRAMS[name][0]], path, outputs)
             elif PRECISIONS[precision].dtype == torch.bfloat16 and name == "openvino":
-                runtime = OpenVinoProgram(path, outputs, precision="bf16")
+                make = partial(OpenVinoProgram, path, outputs, precision="bf16")
             else:
                 notes.append(f"{PROGRAMS[name][1]} computes this program in fp32 alone, and is left out in {precision}")
                 continue
-            found.append(Entrant(called, self.parameters, partial(_running, runtime)))
+            found.append(Side(called, name, partial(_running, make, self.plan, self.parameters)))
         return found, notes
 
     def close(self) -> None:
@@ -210,10 +223,10 @@ class Programs:
         self.room.cleanup()
 
 
-def _running(runtime: Runtime, images: Sequence[Ready]) -> Callable[[], object]:
-    pixels = np.ascontiguousarray(_stacked(images).numpy())
-    return partial(runtime.run, pixels)
+def _running(make: Callable[[], Runtime], plan: Plan, parameters: int) -> Entrant:
+    runtime = make()
+    return Entrant(parameters, lambda batch: partial(runtime.run, _pixels(plan, batch).numpy()))
 
 
-def _stacked(images: Sequence[Ready]) -> Tensor:
-    return torch.stack([image.pixels for image in images])
+def _pixels(plan: Plan, batch: int) -> Tensor:
+    return torch.randn(batch, 3, *plan.architecture().backbone.image_size)

@@ -1,35 +1,32 @@
 """Folders of JPEGs to labels, as `predict` does it, beside transformers' pipeline and timm with a DataLoader."""
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from sightline.benching.apart import Processes, Side
 from sightline.benching.ceilings import Machine
 from sightline.benching.contenders import PRECISIONS, shared
-from sightline.benching.peers import PEERS
+from sightline.benching.peers import network_of
 from sightline.benching.rounds import Contender, take_turns
 from sightline.benching.tables import CLASSES, OURS, Plan, Table, rows_of
 from sightline.checkpoints.convert import convert
 from sightline.device import INT8, computing_with
-from sightline.errors import UserError, WorkError, printable
+from sightline.errors import UserError, printable
 from sightline.evaluation.cache import Cache
 from sightline.images.decode import decode
 from sightline.images.preprocess import Preprocess
 from sightline.inference.choose import Chosen, choose
 from sightline.model import Model, load
 from sightline.network import count_parameters
-from sightline.processes import leave_ctrl_c, signals_wait
 
 FOLDERS: Mapping[str, tuple[int, int, int]] = {"small": (375, 500, 200), "large": (3000, 4000, 50)}
 """Height, width and usual number of the JPEGs."""
@@ -57,22 +54,20 @@ def predict(plan: Plan, machine: Machine) -> Iterator[Table]:
         room = Path(folder)
         model = _saved(plan, room)
         sides, notes = _sides(plan, room)
-        size = count_parameters(model.network)
-        with ExitStack() as held:
-            processes = {package: held.enter_context(_Apart()) for package in {side.package for side in sides}}
+        with Processes() as processes:
+            found, absent = processes.present(sides)
             for kind, (height, width, usual) in FOLDERS.items():
                 count = plan.images or usual
                 paths = draw(room / kind, height, width, count)
                 answers: dict[str, _Answers] = {}
                 contenders = [
-                    Contender(side.name, partial(_noted, answers, processes[side.package], side, paths))
-                    for side in sides
+                    Contender(side.name, partial(_noted, answers, processes, side, paths)) for side, _ in found
                 ]
                 timed = take_turns(contenders, plan.rounds)
                 title = f"predict, {plan.model}, {count} JPEGs of {width}×{height}"
-                told = [*notes, _agreement(answers), _shares(model, paths[0], plan)]
-                told += [f"{name}: {found.why}" for name, found in answers.items() if found.why]
-                rows = rows_of(timed, [size] * len(sides), count)
+                told = [*notes, *absent, _agreement(answers), _shares(model, paths[0], plan)]
+                told += [f"{name}: {given.why}" for name, given in answers.items() if given.why]
+                rows = rows_of(timed, [size for _, size in found], count)
                 yield Table("predict", title, count, ",".join(plan.precisions), rows, notes=told)
 
 
@@ -81,65 +76,6 @@ class _Answers(NamedTuple):
 
     labels: list[str]
     why: str = ""
-
-
-Run = Callable[[list[str]], _Answers]
-
-
-class _Side(NamedTuple):
-    """A contender: whose it is, and what makes it, in a process of that package's own."""
-
-    name: str
-    package: str
-    make: Callable[[], Run]
-
-
-class _Apart:
-    """A process for the contenders of one package, as its users have one: what `predict` keeps serves nobody else."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.line, theirs = context.Pipe()
-        self.process = context.Process(target=_answer, args=(theirs,))
-        with theirs, signals_wait():
-            self.process.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
-        self.line.close()  # which ends it, unless it is at work
-        if kind is not None:
-            self.process.terminate()
-        self.process.join()
-
-    def __call__(self, side: _Side, paths: list[str]) -> _Answers:
-        """What a contender answers. Raises WorkError where its process has died."""
-        try:
-            self.line.send((side, paths))
-            found = self.line.recv()
-        except (EOFError, OSError) as fault:
-            raise WorkError(f"{side.name} ended before it had answered; what it said stands above") from fault
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-
-def _answer(line: Connection) -> None:
-    """The life of such a process: makes each contender once, and lets it answer until nobody asks."""
-    leave_ctrl_c()
-    runs: dict[str, Run] = {}
-    while True:
-        try:
-            side, paths = line.recv()
-        except EOFError:
-            return
-        try:
-            if side.name not in runs:
-                runs[side.name] = side.make()
-            line.send(runs[side.name](paths))
-        except (UserError, WorkError) as fault:
-            line.send(fault)
 
 
 def draw(folder: Path, height: int, width: int, count: int) -> list[str]:
@@ -157,8 +93,12 @@ def draw(folder: Path, height: int, width: int, count: int) -> list[str]:
     return paths
 
 
-def _noted(answers: dict[str, _Answers], process: _Apart, side: _Side, paths: list[str]) -> None:
-    answers[side.name] = process(side, paths)
+def _noted(answers: dict[str, _Answers], processes: Processes, side: Side, paths: list[str]) -> None:
+    answers[side.name] = processes.ask(side, _answered, paths)
+
+
+def _answered(made: Callable[[list[str]], _Answers], paths: list[str]) -> _Answers:
+    return made(paths)
 
 
 def _agreement(answers: Mapping[str, _Answers]) -> str:
@@ -184,10 +124,10 @@ def _saved(plan: Plan, room: Path) -> Model:
     return load(room / "ours")
 
 
-def _sides(plan: Plan, room: Path) -> tuple[list[_Side], list[str]]:
+def _sides(plan: Plan, room: Path) -> tuple[list[Side], list[str]]:
     """The contenders, and remarks about those that are left out."""
     own = {**OWN, **dict(ASKED[name] for name in plan.precisions if name in ASKED)}
-    found = [_Side(name, OURS, partial(_Ours, room, plan, **told)) for name, told in own.items()]
+    found = [Side(name, OURS, partial(_Ours, room, plan, **told)) for name, told in own.items()]
     low = [PRECISIONS[name].dtype for name in shared(plan) if name != "fp32"]
     notes = []
     if "transformers" in plan.peers:
@@ -200,16 +140,13 @@ def _sides(plan: Plan, room: Path) -> tuple[list[_Side], list[str]]:
             ways += [(f"transformers' pipeline, batches of {BATCH}", {"batch_size": BATCH})]
             ways += [(f"{ways[1][0]}, {_short(dtype)}", {"batch_size": BATCH, "dtype": dtype}) for dtype in low]
             found += [
-                _Side(name, "transformers", partial(_Pipeline, room / "theirs", plan, **told)) for name, told in ways
+                Side(name, "transformers", partial(_Pipeline, room / "theirs", plan, **told)) for name, told in ways
             ]
     if "timm" in plan.peers:
-        if PEERS["timm"].network(plan.architecture(), CLASSES) is None:
-            notes.append(f"timm {PEERS['timm'].version} has no {plan.model} like this")
-        else:
-            for workers in (0, 2):
-                for dtype in (torch.float32, *low):
-                    name = f"timm, {workers} workers" + ("" if dtype == torch.float32 else f", {_short(dtype)}")
-                    found.append(_Side(name, "timm", partial(_Timm, plan, dtype, workers)))
+        for workers in (0, 2):
+            for dtype in (torch.float32, *low):
+                name = f"timm, {workers} workers" + ("" if dtype == torch.float32 else f", {_short(dtype)}")
+                found.append(Side(name, "timm", partial(_Timm, plan, dtype, workers)))
     return found, notes
 
 
@@ -227,6 +164,7 @@ class _Ours:
         self.predictor = given.predictor(
             device=str(plan.device), top=1, precision="fp32" if precision in ASKED else precision
         )
+        self.parameters = count_parameters(model.network)
         self.asked: dict[str, Any] = {"precision": precision, "cache": Cache(room / "speeds", 2**20), **asked}
         self.chosen = Chosen(self.predictor, ())  # kept, as those of others, whose weights lie ready in their precision
 
@@ -255,6 +193,7 @@ class _Pipeline:
         logging.disable_progress_bar()
         self.batch = {} if batch_size is None else {"batch_size": batch_size}
         self.pipe: Any = pipeline("image-classification", str(folder), device=str(plan.device), **settings)
+        self.parameters = count_parameters(self.pipe.model)
 
     def __call__(self, paths: list[str]) -> _Answers:
         return _Answers([answer[0]["label"] for answer in self.pipe(paths, **self.batch)])
@@ -266,8 +205,8 @@ class _Timm:
     def __init__(self, plan: Plan, dtype: torch.dtype, workers: int):
         from timm.data import create_transform, resolve_data_config
 
-        network = PEERS["timm"].network(plan.architecture(), CLASSES)
-        assert network is not None, "asked before"
+        network = network_of("timm", plan.architecture(), CLASSES)
+        self.parameters = count_parameters(network)
         size = plan.architecture().backbone.image_size
         self.transform = create_transform(**resolve_data_config({"input_size": (3, *size)}, model=network))
         self.network, self.dtype = network.eval().to(plan.device, dtype), dtype

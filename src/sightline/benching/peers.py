@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sightline.errors import UserError
 from sightline.network import Architecture, describe
 from sightline.objectives.mae import MAEConfig
 
@@ -103,14 +104,17 @@ def _torchvision(architecture: Architecture, classes: int) -> nn.Module | None:
     return None if name is None or _changes(architecture) else getattr(models, name)(num_classes=classes)
 
 
-def masked_autoencoder(architecture: Architecture, config: MAEConfig) -> nn.Module | None:
-    """A masked autoencoder of transformers with this encoder and decoder, whose answer has a `loss`."""
+def masked_autoencoder(architecture: Architecture, config: MAEConfig) -> nn.Module:
+    """A masked autoencoder of transformers with this encoder and decoder, whose answer has a `loss`.
+
+    Raises UserError where it has none like this.
+    """
     import transformers
 
     backbone = architecture.backbone
     settings = _vit(backbone) if architecture.family == "vit" else None
     if settings is None or backbone.image_size[0] != backbone.image_size[1]:
-        return None
+        raise UserError(f"version {transformers.__version__} has no masked autoencoder like this")
     return transformers.ViTMAEForPreTraining(
         transformers.ViTMAEConfig(
             image_size=backbone.image_size[0],
@@ -148,3 +152,11 @@ PEERS = {
     "transformers": Peer("transformers", _transformers),
     "torchvision": Peer("torchvision", _torchvision),
 }
+
+
+def network_of(name: str, architecture: Architecture, classes: int) -> nn.Module:
+    """A peer's network. Raises UserError where it has none like this."""
+    network = PEERS[name].network(architecture, classes)
+    if network is None:
+        raise UserError(f"version {PEERS[name].version} has no {architecture.name} like this")
+    return network

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sightline.network import count_parameters
 from sightline.types import Batch
 
 
@@ -19,7 +20,7 @@ class Steps:
 
     def __init__(self, network: nn.Module, given: Batch, device: torch.device, precision: torch.dtype, rate: float):
         self.turn, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.ended, self.fault = False, None
+        self.ended, self.fault, self.parameters = False, None, count_parameters(network)
         self.about = network, given, device, precision, rate
         self.thread = threading.Thread(target=self._train, daemon=True)
         self.thread.start()
