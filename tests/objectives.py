@@ -8,6 +8,7 @@ from sightline.images.augment import Augment, sample_keys
 from sightline.images.preprocess import Preprocess
 from sightline.network import Network, create_model
 from sightline.objectives.beit import Words
+from sightline.objectives.distill import Teacher
 from sightline.objectives.objective import Objective
 from sightline.registry import table
 from sightline.types import Batch
@@ -50,7 +51,9 @@ def objective(name: str, **options) -> Objective:
     given = {}
     if name == "beit":
         given["words"] = words()
-    if name in ("distill", "noisy-student"):
+    if name == "distill":
+        given["teacher"] = Teacher(create_model("vit_tiny_patch16_224", 3, **SMALL), PIXELS, PIXELS, [2, 0, 1])
+    if name == "noisy-student":
         given["answers"] = torch.randn(8, 3).softmax(dim=1)
     return kind(network_for(name), kind.Config(**{**OPTIONS.get(name, {}), **options}), **given).train()
 

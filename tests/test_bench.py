@@ -1,6 +1,7 @@
 """`sightline bench`: contenders that take turns, the figures made of their times, and the command."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 
 from command import cli, refusal
 from sightline.benching import cases
+from sightline.benching.apart import Processes, Side
 from sightline.benching.bench import bench, lines
 from sightline.benching.ceilings import Machine
 from sightline.benching.contenders import Programs, model_of, noise
@@ -162,6 +164,41 @@ def test_folders_are_answered_by_all_alike(monkeypatch):
     for name in ("sightline", "transformers' pipeline", "transformers' pipeline, batches of 8"):
         assert f"{name} 100.0%" in said  # the weights are the same, and so is what is made of the pixels
     assert all(f"{part} " in said for part in ("decoding", "resizing", "the network in fp32"))
+
+
+class _Here:
+    """A contender that tells where it works, and leaves a file when it is closed."""
+
+    parameters = 3
+
+    def __init__(self, folder=None):
+        self.folder = folder
+
+    def __call__(self):
+        return os.getpid()
+
+    def close(self):
+        if self.folder is not None:
+            (self.folder / f"closed-{os.getpid()}").touch()
+
+
+def _nowhere():
+    raise UserError("there is none like this")
+
+
+def test_packages_work_apart_and_each_contender_is_made_once(tmp_path):
+    sides = [Side("a", "one", partial(_Here, tmp_path)), Side("b", "one", _Here), Side("c", "two", _Here)]
+    with Processes() as processes:
+        found, notes = processes.present([*sides, Side("d", "three", _nowhere), Side("e", "three", _nowhere)])
+        assert [(side.name, parameters) for side, parameters in found] == [("a", 3), ("b", 3), ("c", 3)]
+        assert notes == ["three is left out: there is none like this"]
+        places = [processes.ask(side, _Here.__call__) for side in sides for _ in range(2)]
+        assert places[0] == places[1] == places[2] == places[3] != places[4] == places[5]
+        assert os.getpid() not in places
+        assert processes.ask(sides[0], id) == processes.ask(sides[0], id)
+        with pytest.raises(UserError, match="none like this"):
+            processes.present([Side("sightline", "sightline", _nowhere)])
+    assert [file.name for file in tmp_path.iterdir()] == [f"closed-{places[0]}"]
 
 
 def test_torchvisions_names_are_of_networks_that_there_are():

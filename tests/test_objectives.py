@@ -10,18 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from objectives import NAMES, SMALL, batch, network_for, objective
 from sightline.checkpoints.load import load_bundle
 from sightline.errors import UserError
 from sightline.images.masks import blockwise, noise
+from sightline.images.preprocess import Preprocess
 from sightline.layers.encoder import rows_of
 from sightline.network import Architecture, create_model
 from sightline.objectives.beit import BEiT
 from sightline.objectives.codebook import Decoder, log_laplace, usage
 from sightline.objectives.dino import DINO, DINOConfig, momentum_at
-from sightline.objectives.distill import Distill, DistillConfig
+from sightline.objectives.distill import Distill, DistillConfig, Teacher
 from sightline.objectives.masked_patch import MaskedPatch, MaskedPatchConfig, colours
 from sightline.objectives.masking import cut
 from sightline.objectives.noisy_student import selected
@@ -335,6 +337,35 @@ class TestTeachers:
         torch.testing.assert_close(soft(given).loss, expected)
         with pytest.raises(UserError, match="the teacher knows 2 classes, and there are 3"):
             Distill(network, answers=answers[:, :2])
+
+    def test_a_teacher_sees_what_the_student_sees(self):
+        pictures = torch.randint(256, (5, 3, 24, 40), dtype=torch.uint8)
+        students, own = Preprocess((24, 40), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)), Preprocess((24, 40))
+        asked = create_model("vit_tiny_patch16_224", 4, (24, 40), patch_size=8, embed_dim=12, depth=1, num_heads=2)
+        for parameter in asked.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        told = Teacher(asked, own, students, [3, 0, 2])
+        pixels = torch.stack([students.normalise(picture) for picture in pictures])
+        expected = asked(torch.stack([own.normalise(picture) for picture in pictures]))[:, [3, 0, 2]]
+        torch.testing.assert_close(told(pixels), expected, rtol=0, atol=1e-5)
+        given = Batch(pixels, torch.tensor([2, 1, 0, 0, 1]), torch.arange(5), torch.arange(5))
+        taught = Distill(network_for("distill"), DistillConfig(alpha=1.0, kind="soft", mixup=0.8), teacher=told).train()
+        mixed, _ = taught.mixed(given, given.targets, 0.0)
+        assert not torch.equal(mixed, pixels)
+        loss = taught(given).loss
+        taught.eval()  # which mixes nothing
+        torch.testing.assert_close(loss, taught(given._replace(pixels=mixed)).loss)
+        loss.backward()
+        assert all(parameter.grad is None for parameter in asked.parameters())
+
+    def test_a_teacher_stays_as_it_is_and_takes_its_own_size(self):
+        asked = nn.Sequential(nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        plain = Preprocess((24, 40), mean=(0.0,) * 3, std=(1.0,) * 3)
+        told = Teacher(asked, plain.replace(size=(11, 17)), plain, [0, 1, 2])
+        pixels = torch.rand(2, 3, 24, 40)
+        smaller = F.interpolate(pixels, (11, 17), mode="bilinear", antialias=True)
+        for mode in (True, False):
+            torch.testing.assert_close(told.train(mode)(pixels), smaller.mean(dim=(2, 3)))
 
     def test_the_surest_are_taken_and_rare_classes_repeated(self):
         chances = np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.45, 0.55], [0.3, 0.7], [0.05, 0.95]])

@@ -23,6 +23,7 @@ from sightline.images.preprocess import Preprocess
 from sightline.model import load
 from sightline.network import Network
 from sightline.objectives.beit import Words
+from sightline.objectives.distill import DistillConfig, Teacher
 from sightline.objectives.noisy_student import selected, targets_of
 from sightline.objectives.objective import Objective
 from sightline.recipes.recipe import Recipe
@@ -51,7 +52,11 @@ def made(recipe: Recipe, network: Network, splits: Splits, folder: Path, device:
         given["words"] = Words(load(config.codebook).network)
     if hasattr(config, "labelled"):
         given["answers"] = targets_of(_known(splits.train, config, folder, device), config.kind)
-    elif hasattr(config, "teacher"):
+    elif isinstance(config, DistillConfig) and config.teacher_sees == "views":
+        require(recipe.preprocess.resize != "native", "images of unlike sizes need --teacher-sees images")
+        asked, own, order = teacher(config.teacher, splits.train.classes)
+        given["teacher"] = Teacher(asked, own, recipe.preprocess, order)
+    elif isinstance(config, DistillConfig):
         given["answers"] = answers(config.teacher, splits.train, folder, device)
     objective = kind(network, config, **given)
     if kind.prepare is not Objective.prepare:
@@ -97,9 +102,8 @@ def answers(
 ) -> Float[Tensor, "n k"]:
     """A teacher's logits for every image, as evaluation prepares it; kept in `folder` and read again from there.
 
-    Raises UserError where no teacher is named, or one that knows other classes, and for an image that cannot be read.
+    Raises UserError as `teacher` does, and for an image that cannot be read.
     """
-    require(bool(source), "a teacher is needed: --teacher MODEL, or timm:NAME@FILE")
     file, key = folder / name, hashlib.sha256(json.dumps([source, images.fingerprint()]).encode()).hexdigest()
     if file.is_file():
         kept = read_tensors(file).tensors
@@ -123,8 +127,10 @@ def answers(
 def teacher(source: str, classes: tuple[str, ...]) -> tuple[nn.Module, Preprocess, list[int]]:
     """A network that maps pixels to logits, its pixels, and where among its answers each of the classes stands.
 
-    `timm:NAME@FILE` is a network of timm with the weights of a file, its classes in our order.
+    `timm:NAME@FILE` is a network of timm with the weights of a file, its classes in our order. Raises UserError where
+    none is named, and for one that cannot be read or does not know all classes.
     """
+    require(bool(source), "a teacher is needed: --teacher MODEL, or timm:NAME@FILE")
     if source.startswith(_TIMM):
         return *_of_timm(source.removeprefix(_TIMM), len(classes)), list(range(len(classes)))
     model = load(source)

@@ -87,7 +87,7 @@ SMALL: Mapping[str, Scale] = {
     "supervised": Scale(options={"smoothing": 0.1, "mixup": 0.15}),
     "distill": Scale(
         network={"tokenizer": "patch", "distillation_token": True, "distilled": True},
-        options={"smoothing": 0.1, "mixup": 0.15},
+        options={"kind": "soft", "smoothing": 0.1, "mixup": 0.15},
     ),
     "noisy-student": Scale(augment={"randaugment": 2}, options={"smoothing": 0.0, "mixup": 0.15}),
 }
