@@ -3,10 +3,13 @@
     python benchmarks/pretraining.py features [--sets digits photographs] [--only mae dino] [--seeds 3] [--minutes 1]
     python benchmarks/pretraining.py labels | teachers | speed …
 
-Every figure is of held-out images. `features`: nearest neighbours (k = 20) and ten labels a class, of raw pixels, of
-the same network with random weights, and of the network that an objective taught. `labels`: training with ten labels a
-class from random weights, from those that ship, and from each. `teachers`: a student with a distillation token, with
-and without its teacher. `speed`: ratios, both sides in turn in one process.
+Every figure is of held-out images. `features`: nearest neighbours (k = 20) and ten labels a class (least squares at
+big_vision's penalty), of raw pixels, of the same network with random weights, and of the network that an objective
+taught. `labels`: training with ten labels a class from random weights, from those that ship, and from each. `teachers`:
+a student with a distillation token, with and without its teacher. `speed`: ratios, both sides in turn in one process.
+
+What lies in `--home` is judged as it is: a run of `features` that was stopped goes on, and `labels` begins with its
+models.
 """
 
 import argparse
@@ -28,7 +31,9 @@ from sightline.datasets.image_set import ImageSet
 from sightline.datasets.loader import OrderedLoader
 from sightline.datasets.open import open_dataset
 from sightline.datasets.split import Splits
+from sightline.evaluation.few_shot import few_shot
 from sightline.evaluation.knn import knn_accuracy
+from sightline.evaluation.protocol import Labelled
 from sightline.images.decode import decode
 from sightline.layers.dense import fast_products
 from sightline.recipes.pretrain import pretrain
@@ -60,26 +65,18 @@ def features(images: ImageSet, model: sightline.Model, read: Callable[[Tensor], 
     return torch.cat(vectors), torch.cat(labels)
 
 
-def ten_shot(known: Tensor, labels: Tensor, asked: Tensor, wanted: Tensor, seed: int) -> float:
-    """Least squares to ±1 targets on ten labelled images a class, features standardised, of the best of five ridges."""
-    random, rows = np.random.default_rng(seed), []
-    for target in labels.unique().tolist():
-        rows += random.permutation(np.flatnonzero(labels.numpy() == target))[:SHOTS].tolist()
-    x, y = known[rows].double(), torch.nn.functional.one_hot(labels[rows]).double() * 2 - 1
-    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-5
-    x, z = ((part.double() - mean) / std for part in (x, asked))
-    x, z = (torch.cat([part, torch.ones(len(part), 1)], dim=1) for part in (x, z))
-    scores = []
-    for ridge in (1.0, 10.0, 100.0, 1000.0, 10000.0):
-        weights = x.T @ torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x)), y)
-        scores.append(float(((z @ weights).argmax(dim=1) == wanted).float().mean()))
-    return max(scores)
-
-
 def judged(splits: Splits, model: sightline.Model, read: Callable[[Tensor], Tensor], seed: int) -> tuple[float, float]:
-    """Accuracy of nearest neighbours and of ten labels a class."""
+    """Accuracy of nearest neighbours and of ten labels a class, the mean of five choices."""
     known, asked = (features(images, model, read) for images in (splits.train, splits.val))
-    return knn_accuracy(*known, *asked), ten_shot(*known, *asked, seed)
+    few = few_shot(Labelled(*known), Labelled(*asked), len(splits.train.classes), [SHOTS], seed)
+    return knn_accuracy(*known, *asked), few.metrics["few_shot_top1"]
+
+
+def taught(data: str, objective: str, out: Path, seed: int, minutes: float) -> Path:
+    """The model directory of a run, which is only begun where it is not there yet."""
+    if not out.exists():
+        pretrain(data, objective=objective, out=out, seed=seed, minutes=minutes, workers=0)
+    return out
 
 
 def compare(request: argparse.Namespace, home: Path) -> None:
@@ -90,8 +87,7 @@ def compare(request: argparse.Namespace, home: Path) -> None:
             data, splits = opened(name, home, seed)
             for objective in request.only:
                 out = home / f"{name}-{objective}-{seed}"
-                pretrain(data, objective=objective, out=out, seed=seed, minutes=request.minutes, workers=0)
-                model = sightline.load(out)
+                model = sightline.load(taught(data, objective, out, seed, request.minutes))
                 rows.setdefault((name, objective), []).append(judged(splits, model, model.network.eval().embed, seed))
                 torch.manual_seed(seed)
                 random = model.network.architecture.build().eval()
@@ -135,11 +131,8 @@ def labels(request: argparse.Namespace, home: Path) -> None:
             for start in ["scratch", SHIPPED, *request.only]:
                 given: dict[str, Any] = {"weights": SHIPPED} if start == SHIPPED else {}
                 if start in OBJECTIVES:
-                    given["weights"] = home / f"{name}-{start}-{seed}"
-                    if not given["weights"].exists():
-                        pretrain(
-                            data, objective=start, out=given["weights"], seed=seed, minutes=request.minutes, workers=0
-                        )
+                    out = home / f"{name}-{start}-{seed}"
+                    given["weights"] = taught(data, start, out, seed, request.minutes)
                 out = home / f"{name}-{start.rpartition(':')[2]}-{seed}-tuned"
                 done = sightline.train(few, out=out, seed=seed, minutes=request.minutes, workers=0, **given)
                 rows.setdefault((name, start), []).append(done.metrics["top1"])

@@ -238,17 +238,17 @@ class _Choice:
         more than 1/m images, nor more than all cores together bear. Where both want all cores they disturb each other,
         for the network's threads wait for the slowest: that is for images that have to be waited for.
         """
+        if way in MODULE:
+            return self.cores, False
         everything, together = available(), self._seconds(way)
-        if way in MODULE or reading.waits:
-            in_turn = {}
-        else:
+        rates = {}
+        if not reading.waits:
             hands = min(self.bench.predictor.threads, everything)
-            in_turn = {(self.cores, True): 1 / (together + reading.seconds / hands)}
-        if way in MODULE or reading.seconds < 0.2 * together * everything:
-            return self.cores, bool(in_turn)
-        rates = dict(in_turn)
+            rates[self.cores, True] = 1 / (together + reading.seconds / hands)
+        if reading.seconds < 0.2 * together * everything:
+            return self.cores, bool(rates)
         for cores in sorted({1, max(self.cores // 2, 1), self.cores}):
-            if cores < self.cores or not in_turn:
+            if cores < self.cores or reading.waits:
                 seconds = self.bench.seconds(way, cores, self.batch)
                 rates[cores, False] = min(1 / seconds, everything / (reading.seconds + cores * seconds))
         return max(rates, key=lambda found: rates[found])
