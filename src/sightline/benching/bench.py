@@ -41,7 +41,8 @@ class Benched(NamedTuple):
             cells = [[escape(cell) for cell in row] for row in _cells(table)]
             head = "".join(f"<th>{cell}</th>" for cell in cells[0])
             rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells[1:])
-            parts.append(f"<h2>{escape(table.title)}</h2><table><tr>{head}</tr>{rows}</table>")
+            parts.append(f"<h2>{escape(table.title)}</h2>")
+            parts.append(f'<div class="wide"><table class="figures"><tr>{head}</tr>{rows}</table></div>')
             parts += [f"<p>{escape(note)}</p>" for note in (*table.notes, *_grown(table))]
             seconds = [(point.side, point.seconds) for point in table.points]
             memory = [(point.side, point.megabytes) for point in table.points if point.megabytes is not None]

@@ -30,6 +30,7 @@ p, figcaption, summary, td, th { color: var(--soft) } figure { margin: 0 }
 img, svg { max-width: 100%; height: auto } .row { display: flex; flex-wrap: wrap; gap: 1rem }
 .row figure { flex: 1 1 16rem } .charts figure { flex: 1 1 26rem } .row img { width: 100% }
 table { border-collapse: collapse } td, th { padding: .15rem 1rem .15rem 0; text-align: left; font-weight: normal }
+.figures td + td, .figures th + th { text-align: right; font-variant-numeric: tabular-nums }
 th { color: var(--ink) } details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor: pointer }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg line { stroke: var(--line) }
 svg circle { fill: var(--dot); fill-opacity: .65 }
