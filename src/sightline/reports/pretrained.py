@@ -51,7 +51,7 @@ class PretrainedReport:
     def html(self) -> str:
         """The page: pictures inside, nothing loaded from elsewhere."""
         sections = [self._summary(), doctor(self.record), self._curves(), settings(self.record)]
-        title = f"{printable(self.record['data']['source'])}: what was learned without labels"
+        title = f"{printable(self.record['data']['source'])}: what {self.record['recipe']['objective']} taught"
         return document(title, "\n".join(sections))
 
     def _summary(self) -> str:
