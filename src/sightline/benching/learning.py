@@ -43,8 +43,7 @@ def training(plan: Plan, machine: Machine) -> Iterator[Table]:
             Side(OURS + said, OURS, partial(_classifying, plan, dtype, compiled=way)) for said, way in ways.items()
         ]
         for name in plan.peers:
-            loops = [Side(name + said, name, partial(_looping, name, plan, dtype, way)) for said, way in ways.items()]
-            sides += loops
+            sides += [Side(name + said, name, partial(_looping, name, plan, dtype, way)) for said, way in ways.items()]
         if "transformers" in plan.peers:
             if importlib.util.find_spec("accelerate") is None:
                 notes.append("transformers' Trainer is left out: it needs accelerate, which is not installed")
