@@ -142,11 +142,9 @@ def labels(request: argparse.Namespace, home: Path) -> None:
     for name in request.sets:
         for seed in range(request.seeds):
             data, splits = opened(name, home, seed)
-            random, chosen = np.random.default_rng(seed), []
-            for target in range(len(splits.train.classes)):
-                chosen += random.permutation(np.flatnonzero(splits.train.targets == target))[:SHOTS].tolist()
+            chosen = choose(torch.from_numpy(splits.train.targets), len(splits.train.classes), SHOTS, seed)
             few = home / f"{name}-few-{seed}"
-            write(splits.train.select(np.sort(np.array(chosen))), few / "train")
+            write(splits.train.select(np.sort(chosen.numpy())), few / "train")
             write(splits.val, few / "val")
             for start in ["scratch", SHIPPED, *request.only]:
                 given: dict[str, Any] = {"weights": SHIPPED} if start == SHIPPED else {}

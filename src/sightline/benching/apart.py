@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
 from sightline.benching.rounds import Contender, Timed, take_turns
@@ -51,7 +52,7 @@ class Processes:
         found, notes = list[tuple[Side, int]](), list[str]()
         for side in sides:
             try:
-                found.append((side, self.ask(side, _parameters_of)))
+                found.append((side, self.ask(side, attrgetter("parameters"))))
             except UserError as fault:
                 if side.package == OURS:
                     raise
@@ -107,19 +108,12 @@ def _answer(line: Connection) -> None:
             try:
                 if side.name not in made:
                     made[side.name] = side.make()
-                    last.callback(getattr(made[side.name], "close", _nothing))
+                    if (close := getattr(made[side.name], "close", None)) is not None:
+                        last.callback(close)
                 line.send(use(made[side.name], *given))
             except (UserError, WorkError) as fault:
                 line.send(fault)
 
 
-def _parameters_of(made: Any) -> int:
-    return made.parameters
-
-
 def _told(work: Callable[[], Any]) -> float:
     return work()
-
-
-def _nothing() -> None:
-    pass

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from operator import call
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,11 +95,7 @@ def draw(folder: Path, height: int, width: int, count: int) -> list[str]:
 
 
 def _noted(answers: dict[str, _Answers], processes: Processes, side: Side, paths: list[str]) -> None:
-    answers[side.name] = processes.ask(side, _answered, paths)
-
-
-def _answered(made: Callable[[list[str]], _Answers], paths: list[str]) -> _Answers:
-    return made(paths)
+    answers[side.name] = processes.ask(side, call, paths)
 
 
 def _agreement(answers: Mapping[str, _Answers]) -> str:

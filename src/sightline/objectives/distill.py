@@ -91,9 +91,8 @@ class Distill(Supervised):
         super().__init__(network, config)
         assert (teacher is None) != (answers is None), "one of both is asked"
         classes = network.architecture.head.num_classes
-        known = classes if answers is None else answers.shape[1]
-        if known != classes:
-            raise UserError(f"the teacher knows {known} classes, and there are {classes} to learn")
+        if answers is not None and answers.shape[1] != classes:
+            raise UserError(f"the teacher knows {answers.shape[1]} classes, and there are {classes} to learn")
         self.teacher = teacher
         self.answers: Tensor | None
         self.register_buffer("answers", answers, persistent=False)
